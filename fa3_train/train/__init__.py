@@ -1,0 +1,1 @@
+"""Training: configuration, data, engines, metrics, checkpoints and the loop."""
