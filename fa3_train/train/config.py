@@ -62,23 +62,27 @@ class RopeScaling:
 
 @dataclass
 class ModelSection:
-    """Shape of the network; `conf/model/*.yaml` fill it."""
+    """Shape of the network, as in `fa3_train.models.ModelConfig`; `conf/model/*.yaml` fill it."""
 
     name: str = "tiny"
     vocab_size: int = 4096
-    hidden_size: int = 128
+    hidden_size: int = 256
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    head_dim: int = 32
-    ffn_hidden_size: int = 384
+    head_dim: int = 64
+    ffn_hidden_size: int = 704
+    max_seq_len: int = 2048
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     qk_norm: bool = False
     tie_embeddings: bool = True
-    max_seq_len: int = 2048
-    activation_checkpointing: bool = False  # recompute each layer in the backward
+    init_std: float = 0.02
+    window_size: int | None = None  # keys that a query sees, itself included; None = all
+    softcap: float = 0.0  # 0 = off
+    activation_checkpointing: str = _choice("none", "selective", "full")
+    loss_chunk_tokens: int = 0  # tokens whose logits exist at once; 0 = chosen from the vocabulary
     init_from: str | None = None  # folder with Hugging Face Llama safetensors to start from
 
 
@@ -156,6 +160,7 @@ class PrecisionSection:
     compute: str = _choice("bf16", "fp32")  # forward and backward
     params: str = _choice("fp32", "bf16")  # master weights and optimizer state
     reduce: str = _choice("fp32", "bf16")  # gradient reduction across ranks
+    te_recipe: str = _choice("current", "delayed", "block")  # FP8 scaling of linear=te_fp8
 
 
 @dataclass
@@ -256,6 +261,8 @@ class TrainConfig:
             attention_backend=self.attention.backend,
             attention_precision=self.attention.precision,
             linear=self.linear,
+            te_recipe=self.precision.te_recipe,
+            compile_layers=self.engine.compile,
         )
 
     def to_dict(self) -> dict[str, Any]:
