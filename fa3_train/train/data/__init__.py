@@ -1,0 +1,15 @@
+"""Data: documents to packed, shuffled, resumable batches."""
+
+from fa3_train.train.data.batch import IGNORE_INDEX, Batch, Sample, make_batch
+from fa3_train.train.data.loader import DataLoader
+from fa3_train.train.data.packing import PackedDataset, RandomDataset
+
+__all__ = [
+    "IGNORE_INDEX",
+    "Batch",
+    "DataLoader",
+    "PackedDataset",
+    "RandomDataset",
+    "Sample",
+    "make_batch",
+]
