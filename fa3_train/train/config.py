@@ -105,6 +105,7 @@ class DataSection:
     hf_config: str | None = None
     hf_split: str = "train"
     tokenizer: str | None = None  # a tokenizer.json; None trains byte-level BPE on the corpus
+    bpe_vocab_size: int = 4096  # entries of a tokenizer that is trained here
     cache_dir: str | None = None  # None: $XDG_CACHE_HOME/fa3_train
     val_fraction: float = 0.02  # of the documents
     shuffle: bool = True
