@@ -267,9 +267,7 @@ class Library:
                 "Rebuild the library from the same sources"
             )
         self._last_error = self._query("fa3_last_error", ctypes.c_char_p)
-        self.build_info: str = (
-            self._query("fa3_build_info", ctypes.c_char_p)() or b""
-        ).decode()
+        self.build_info: str = (self._query("fa3_build_info", ctypes.c_char_p)() or b"").decode()
 
     def _query(self, name: str, restype: type) -> Callable[..., Any]:
         try:
