@@ -19,6 +19,12 @@ FA3_DEVICE uint4 lds128(uint32_t addr) {
                : "memory");
   return v;
 }
+// Two floats. No memory clobber: the compiler may move it among arithmetic, not across other volatile asm.
+FA3_DEVICE float2 lds_float2(uint32_t addr) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(addr));
+  return v;
+}
 FA3_DEVICE void sts32(uint32_t addr, uint32_t v) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
 }
@@ -28,6 +34,10 @@ FA3_DEVICE void sts64(uint32_t addr, uint32_t x, uint32_t y) {
 FA3_DEVICE void sts128(uint32_t addr, uint4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
+               : "memory");
+}
+FA3_DEVICE void sts_float4(uint32_t addr, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "f"(x), "f"(y), "f"(z), "f"(w)
                : "memory");
 }
 

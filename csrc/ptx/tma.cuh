@@ -85,6 +85,14 @@ FA3_DEVICE void bulk_reduce_add_f32(void* dst, uint32_t src, uint32_t bytes) {
                : "memory");
 }
 
+// The same with an L2 policy.
+FA3_DEVICE void bulk_reduce_add_f32(void* dst, uint32_t src, uint32_t bytes, uint64_t policy) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(dst),
+      "r"(src), "r"(bytes), "l"(policy)
+      : "memory");
+}
+
 // cp.async.bulk.commit_group
 FA3_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
