@@ -124,6 +124,7 @@ class EngineSection:
     compile: bool = False  # torch.compile of each layer
     reshard_after_forward: bool = True  # fsdp2
     zero_stage: int = 0  # deepspeed
+    optimizer: str = _choice("adamw", "fused_adam")  # fused_adam: DeepSpeed's own CUDA kernel
     offload_optimizer: bool = False  # deepspeed: optimizer state in host memory
     overlap_comm: bool = True  # deepspeed
     timeout_s: int = 600  # of a collective
@@ -181,7 +182,8 @@ class CheckpointSection:
     dir: str | None = None  # None: <run.dir>/checkpoints
     every: int = 0  # steps; 0 = only at the end
     keep: int = 2  # newest checkpoints that stay
-    async_save: bool = False
+    async_save: bool = False  # engine=torch: write while the next steps run
+    hash: bool = True  # SHA-256 of every file in the manifest, checked when resuming
     save_last: bool = True
     resume: str = "auto"  # auto | never | path of a checkpoint
 
