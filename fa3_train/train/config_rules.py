@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from fa3_train.train.config import ConfigError, TrainConfig
 
-TE_INSTALL = "pip install --no-build-isolation 'fa3_train[te]' (after torch, on a machine with nvcc)"
+TE_INSTALL = "pip install --no-build-isolation 'fa3_train[te]' (after torch; needs nvcc)"
 
 
 def check_combination(config: TrainConfig, world_size: int = 1) -> None:
@@ -107,12 +107,12 @@ def _data(config: TrainConfig, world_size: int) -> Iterator[str]:
             f"data.path={data.path} is not read by data.kind={data.kind}: "
             "choose data=text, data=megatron or data=hf"
         )
-    if data.tokenizer is None and data.kind in ("stdlib", "text", "hf"):
-        if data.bpe_vocab_size > config.model.vocab_size:
-            yield (
-                f"data.bpe_vocab_size={data.bpe_vocab_size} exceeds "
-                f"model.vocab_size={config.model.vocab_size}"
-            )
+    trains_bpe = data.tokenizer is None and data.kind in ("stdlib", "text", "hf")
+    if trains_bpe and data.bpe_vocab_size > config.model.vocab_size:
+        yield (
+            f"data.bpe_vocab_size={data.bpe_vocab_size} exceeds "
+            f"model.vocab_size={config.model.vocab_size}"
+        )
     if config.run.eval_batches and data.val_fraction == 0 and data.kind != "random":
         yield (
             "data.val_fraction=0 leaves no documents to evaluate on: "
@@ -212,7 +212,7 @@ def machine_complaints(config: TrainConfig, device: str) -> Iterator[str]:
     if config.attention.backend == "hopper" and device == "cpu":
         yield "attention.backend=hopper needs a Hopper GPU (sm_90), and none is visible here"
     if config.run.device == "cuda" and device == "cpu":
-        yield "run.device=cuda, but torch sees no CUDA device here (run.device=auto would use the CPU)"
+        yield "run.device=cuda, but torch sees no CUDA device (run.device=auto takes the CPU then)"
 
 
 def _has(package: str) -> bool:
