@@ -237,8 +237,8 @@ MODELS: dict[str, ModelConfig] = {
         8.0, hidden_size=16_384, num_layers=126, num_heads=128, num_kv_heads=8, head_dim=128,
         ffn_hidden_size=53_248, tie_embeddings=False,
     ),
-    # GPT-3 175B (arXiv 2005.14165, table 2.1): 96 layers, 12288 wide, 96 heads of 128, context 2048,
-    # tied head.  Three things differ because this is a Llama block: RoPE instead of learned
+    # GPT-3 175B (arXiv 2005.14165, table 2.1): 96 layers, 12288 wide, 96 heads of 128, context 2048
+    # and a tied head.  Three things differ because this is a Llama block: RoPE instead of learned
     # positions, RMSNorm without biases, and SwiGLU.  SwiGLU has three matrices where GPT-3's MLP
     # has two, so 8/3 * 12288 = 32768 keeps parameters and FLOPs of a layer at 12 h^2 exactly.
     # The vocabulary 50257 is padded to a multiple of 128.
