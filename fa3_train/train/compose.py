@@ -168,7 +168,8 @@ def _compose(name: str, choices: list[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         text = "; ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())
         raise ConfigError(f"recipe {known[name].path}: {text}") from None
-    return {**OmegaConf.to_container(composed), "recipe": name}
+    values: Any = OmegaConf.to_container(composed)
+    return {**values, "recipe": name}
 
 
 def _assign(config: Any, item: Override) -> Any:

@@ -22,7 +22,8 @@ Megatron-LM does):
   full non-causal attention over the packed length, whatever the documents are. It flatters long
   context up to twofold, and is here for comparison only.
 * `hfu`: what the hardware did. The flash backward recomputes Q K^T (one product more: 7 instead of
-  6 D H l^2), and full activation checkpointing repeats the layers' forward.
+  6 D H l^2), full activation checkpointing repeats the layers' forward, and selective
+  checkpointing repeats its matrix products but not the attention.
 
 Sliding windows of w keys see fewer pairs: l^2 / 2 becomes w l - w^2 / 2 for l > w.
 """
@@ -37,8 +38,8 @@ from fa3_train.models.config import ModelConfig
 FORMULAS = {
     "mfu_causal": "(6 N tokens + 6 L H D sum(document length^2)) / (step time x peak)",
     "mfu_palm": "(6 N + 12 L H D seq_len) tokens / (step time x peak)",
-    "hfu": "mfu_causal + recomputation: 1 L H D sum(document length^2), and the layers' forward "
-    "again under activation_checkpointing=full",
+    "hfu": "mfu_causal + recomputation: Q K^T in the flash backward, and what "
+    "model.activation_checkpointing runs again",
     "mfu_causal_mixed": "mfu_causal with each FLOP divided by the peak of the precision it ran in",
     "N": "weights of matrix products: layers and output head, no embedding lookup, no norms",
 }
@@ -161,8 +162,10 @@ def step_flops(model: ModelConfig, tokens: float, sum_sq: float, seq_len: int) -
     if model.attention_precision == "fp8":
         fp8 += attention / 3.0  # the forward; the backward runs in bf16
     hardware = matmul + attention + core * pairs
+    if model.activation_checkpointing != "none":
+        hardware += 2.0 * layers * tokens
     if model.activation_checkpointing == "full":
-        hardware += 2.0 * layers * tokens + 2.0 * core * pairs
+        hardware += 2.0 * core * pairs
     return StepFlops(
         causal=matmul + attention,
         palm=matmul + 12.0 * core * seq_len * tokens,
