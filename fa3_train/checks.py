@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class ArgumentError(ValueError):
 def require(ok: bool, argument: str, rule: str, value: Any) -> None:
     """Raise :class:`ArgumentError` ``argument: rule, got value`` unless ``ok``."""
     if not ok:
-        raise ArgumentError(f"{argument}: {rule}, got {value}")
+        fail(argument, rule, value)
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,16 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
+def fail(argument: str, rule: str, value: Any) -> NoReturn:
+    """Raise :class:`ArgumentError` ``argument: rule, got value``."""
+    raise ArgumentError(f"{argument}: {rule}, got {value}")
+
+
 def _check_tensor(name: str, x: Any, ndim: int, layout: str) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor, got {type(x).__name__}")
-    require(x.dim() == ndim, name, f"must have {ndim} dimensions {layout}", tuple(x.shape))
+    if x.dim() != ndim:
+        fail(name, f"must have {ndim} dimensions {layout}", tuple(x.shape))
 
 
 def attention_shape(
@@ -105,63 +111,66 @@ def attention_shape(
     """
     varlen = cu_seqlens_q is not None or cu_seqlens_k is not None
     layout = "(total, heads, head_dim)" if varlen else "(batch, seqlen, heads, head_dim)"
+    ndim = 3 if varlen else 4
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, 3 if varlen else 4, layout)
-        require(x.dtype.is_floating_point, name, "must have a floating dtype", x.dtype)
-        require(x.dtype == q.dtype, name, f"dtype must be that of q ({q.dtype})", x.dtype)
-        require(x.device == q.device, name, f"device must be that of q ({q.device})", x.device)
+        _check_tensor(name, x, ndim, layout)
+        if not x.dtype.is_floating_point:
+            fail(name, "must have a floating dtype", x.dtype)
+        if x.dtype != q.dtype:
+            fail(name, f"dtype must be that of q ({q.dtype})", x.dtype)
+        if x.device != q.device:
+            fail(name, f"device must be that of q ({q.device})", x.device)
 
-    heads_q, d_qk = q.shape[-2:]
-    heads_k, d_k = k.shape[-2:]
-    d_v = v.shape[-1]
-    require(heads_q > 0, "q", "must have at least one head", heads_q)
-    require(d_qk > 0, "q", "head_dim must be positive", d_qk)
-    require(heads_k > 0, "k", "must have at least one head", heads_k)
-    require(d_k == d_qk, "k", f"head_dim must equal that of q ({d_qk})", d_k)
-    require(
-        heads_q % heads_k == 0,
-        "k",
-        f"number of heads must divide the {heads_q} heads of q",
-        heads_k,
-    )
-    require(
-        v.shape[:-1] == k.shape[:-1],
-        "v",
-        f"all but the last dimension must be those of k {tuple(k.shape)}",
-        tuple(v.shape),
-    )
-    require(d_v > 0, "v", "head_dim must be positive", d_v)
-    if not varlen:
-        require(
-            k.shape[0] == q.shape[0], "k", f"batch must be that of q ({q.shape[0]})", k.shape[0]
+    heads_q, d_qk = q.shape[-2], q.shape[-1]
+    heads_k, d_v = k.shape[-2], v.shape[-1]
+    for name, count in (("q", heads_q), ("k", heads_k)):
+        if count < 1:
+            fail(name, "must have at least one head", count)
+    for name, size in (("q", d_qk), ("v", d_v)):
+        if size < 1:
+            fail(name, "head_dim must be positive", size)
+    if k.shape[-1] != d_qk:
+        fail("k", f"head_dim must equal that of q ({d_qk})", k.shape[-1])
+    if heads_q % heads_k:
+        fail("k", f"number of heads must divide the {heads_q} heads of q", heads_k)
+    if v.shape[:-1] != k.shape[:-1]:
+        fail(
+            "v",
+            f"all but the last dimension must be those of k {tuple(k.shape)}",
+            tuple(v.shape),
         )
-        batch, seqlen_q = q.shape[:2]
-        seqlen_k = k.shape[1]
+    if not varlen:
+        batch, seqlen_q, seqlen_k = q.shape[0], q.shape[1], k.shape[1]
+        if k.shape[0] != batch:
+            fail("k", f"batch must be that of q ({batch})", k.shape[0])
         return AttentionShape(
             False, batch, seqlen_q, seqlen_k, batch * seqlen_q, batch * seqlen_k,
             heads_q, heads_k, d_qk, d_v,
         )  # fmt: skip
 
-    require(cu_seqlens_q is not None, "cu_seqlens_q", "must come with cu_seqlens_k", None)
-    require(cu_seqlens_k is not None, "cu_seqlens_k", "must come with cu_seqlens_q", None)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        missing = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
+        fail(missing, "cu_seqlens_q and cu_seqlens_k must be given together", None)
     for name, value in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not _is_int(value):
             raise TypeError(
                 f"{name}: must be a Python int (a tensor would cost a device synchronisation), "
                 f"got {type(value).__name__}"
             )
-        require(value >= 0, name, "must be at least 0", value)  # type: ignore[operator]
+        if value < 0:  # type: ignore[operator]
+            fail(name, "must be at least 0", value)
     total_q, total_k = q.shape[0], k.shape[0]
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device, total_q, max_seqlen_q)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device, total_k, max_seqlen_k)
-    require(
-        cu_seqlens_k.shape == cu_seqlens_q.shape,
-        "cu_seqlens_k",
-        f"must have as many entries as cu_seqlens_q ({cu_seqlens_q.shape[0]})",
-        cu_seqlens_k.shape[0],
-    )
+    entries = cu_seqlens_q.shape[0]
+    if cu_seqlens_k.shape[0] != entries:
+        fail(
+            "cu_seqlens_k",
+            f"must have as many entries as cu_seqlens_q ({entries})",
+            cu_seqlens_k.shape[0],
+        )
     return AttentionShape(
-        True, cu_seqlens_q.shape[0] - 1, max_seqlen_q, max_seqlen_k, total_q, total_k,
+        True, entries - 1, max_seqlen_q, max_seqlen_k, total_q, total_k,
         heads_q, heads_k, d_qk, d_v,
     )  # fmt: skip
 
@@ -174,10 +183,14 @@ def check_cu_seqlens(
     The entries are read only where that is free (CPU) or asked for; see the module's docstring.
     """
     _check_tensor(name, cu, 1, "(batch + 1,)")
-    require(cu.dtype == torch.int32, name, "dtype must be torch.int32", cu.dtype)
-    require(cu.device == device, name, f"device must be that of q ({device})", cu.device)
-    require(cu.shape[0] >= 1, name, "must have at least one entry", cu.shape[0])
-    require(cu.is_contiguous(), name, "must be contiguous", f"stride {cu.stride()}")
+    if cu.dtype != torch.int32:
+        fail(name, "dtype must be torch.int32", cu.dtype)
+    if cu.device != device:
+        fail(name, f"device must be that of q ({device})", cu.device)
+    if cu.shape[0] < 1:
+        fail(name, "must have at least one entry", cu.shape[0])
+    if not cu.is_contiguous():
+        fail(name, "must be contiguous", f"stride {cu.stride()}")
     if torch.compiler.is_compiling() or _is_fake(cu):
         return
     if cu.device.type == "cpu" or os.environ.get(CU_SEQLENS_DEBUG) == "1":
@@ -217,50 +230,40 @@ def resolve_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int
     Raises:
         ArgumentError: a side below -1; not a pair; causal with a right side above 0.
     """
-    require(isinstance(causal, bool), "causal", "must be True or False", repr(causal))
-    require(
-        isinstance(window_size, (tuple, list)) and len(window_size) == 2,
-        "window_size",
-        "must be a pair (left, right)",
-        repr(window_size),
-    )
+    if not isinstance(causal, bool):
+        fail("causal", "must be True or False", repr(causal))
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        fail("window_size", "must be a pair (left, right)", repr(window_size))
     left, right = window_size
     for side, value in ((0, left), (1, right)):
-        require(
-            _is_int(value) and value >= -1,
-            f"window_size[{side}]",
-            "must be an int of at least -1 (-1: unbounded)",
-            repr(value),
-        )
+        if not _is_int(value) or value < -1:
+            fail(
+                f"window_size[{side}]", "must be an int of at least -1 (-1: unbounded)", repr(value)
+            )
     if causal:
-        require(right in (-1, 0), "window_size[1]", "must be -1 or 0 when causal=True", right)
+        if right > 0:
+            fail("window_size[1]", "must be -1 or 0 when causal=True", right)
         right = 0
     return left, right
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def resolve_scale(softmax_scale: float | None, head_dim_qk: int) -> float:
     """``softmax_scale``, by default 1 / sqrt(head dim of q and k)."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim_qk)
-    ok = isinstance(softmax_scale, (int, float)) and not isinstance(softmax_scale, bool)
-    require(
-        ok and math.isfinite(softmax_scale),
-        "softmax_scale",
-        "must be a finite number or None",
-        repr(softmax_scale),
-    )
+    if not _is_number(softmax_scale) or not math.isfinite(softmax_scale):
+        fail("softmax_scale", "must be a finite number or None", repr(softmax_scale))
     return float(softmax_scale)
 
 
 def check_softcap(softcap: float) -> float:
     """``softcap``: 0 (none) or a positive finite number."""
-    ok = isinstance(softcap, (int, float)) and not isinstance(softcap, bool)
-    require(
-        ok and math.isfinite(softcap) and softcap >= 0,
-        "softcap",
-        "must be 0 (none) or a positive finite number",
-        repr(softcap),
-    )
+    if not _is_number(softcap) or not math.isfinite(softcap) or softcap < 0:
+        fail("softcap", "must be 0 (none) or a positive finite number", repr(softcap))
     return float(softcap)
 
 
@@ -269,29 +272,26 @@ def check_sink(sink: Tensor | None, shape: AttentionShape, device: torch.device)
     if sink is None:
         return
     _check_tensor("sink", sink, 1, "(heads of q,)")
-    require(sink.dtype.is_floating_point, "sink", "must have a floating dtype", sink.dtype)
-    require(
-        sink.shape[0] == shape.heads_q,
-        "sink",
-        f"must have one entry per head of q ({shape.heads_q})",
-        sink.shape[0],
-    )
-    require(sink.device == device, "sink", f"device must be that of q ({device})", sink.device)
+    if not sink.dtype.is_floating_point:
+        fail("sink", "must have a floating dtype", sink.dtype)
+    if sink.shape[0] != shape.heads_q:
+        fail("sink", f"must have one entry per head of q ({shape.heads_q})", sink.shape[0])
+    if sink.device != device:
+        fail("sink", f"device must be that of q ({device})", sink.device)
 
 
 def check_hopper_head_dims(head_dim_qk: int, head_dim_v: int) -> None:
     """Head dims that the kernels take: equal, a multiple of 8, at most 256; or 192 with 128."""
     for name, d in (("q", head_dim_qk), ("v", head_dim_v)):
-        require(
-            d % HOPPER_HEAD_DIM_MULTIPLE == 0 and d <= HOPPER_MAX_HEAD_DIM,
-            name,
-            f"head_dim must be a multiple of {HOPPER_HEAD_DIM_MULTIPLE} and at most "
-            f"{HOPPER_MAX_HEAD_DIM} for backend='hopper'",
-            d,
-        )
-    if head_dim_v != head_dim_qk:
-        require(
-            (head_dim_qk, head_dim_v) in HOPPER_MIXED_HEAD_DIMS,
+        if d % HOPPER_HEAD_DIM_MULTIPLE or d > HOPPER_MAX_HEAD_DIM:
+            fail(
+                name,
+                f"head_dim must be a multiple of {HOPPER_HEAD_DIM_MULTIPLE} and at most "
+                f"{HOPPER_MAX_HEAD_DIM} for backend='hopper'",
+                d,
+            )
+    if head_dim_v != head_dim_qk and (head_dim_qk, head_dim_v) not in HOPPER_MIXED_HEAD_DIMS:
+        fail(
             "v",
             f"head_dim must be that of q ({head_dim_qk}), or 128 where that is 192, "
             "for backend='hopper'",
@@ -303,21 +303,16 @@ def check_hopper_tensor(
     name: str, x: Tensor, dtypes: tuple[torch.dtype, ...] = HOPPER_DTYPES
 ) -> None:
     """What TMA asks of a tensor: dtype, last dimension contiguous, 16-byte address and strides."""
-    require(
-        x.dtype in dtypes,
-        name,
-        f"dtype must be one of {list(dtypes)} for backend='hopper'",
-        x.dtype,
-    )
+    if x.dtype not in dtypes:
+        fail(name, f"dtype must be one of {list(dtypes)} for backend='hopper'", x.dtype)
     problem = layout_problem(x)
-    require(problem is None, name, f"{problem} for backend='hopper'", f"stride {x.stride()}")
-    if not _is_fake(x) and not torch.compiler.is_compiling():
-        address = x.data_ptr()
-        require(
-            address % ALIGNMENT_BYTES == 0,
+    if problem is not None:
+        fail(name, f"{problem} for backend='hopper'", f"stride {x.stride()}")
+    if not torch.compiler.is_compiling() and not _is_fake(x) and x.data_ptr() % ALIGNMENT_BYTES:
+        fail(
             name,
             f"the address must be a multiple of {ALIGNMENT_BYTES} bytes for backend='hopper'",
-            f"0x{address:x}",
+            f"0x{x.data_ptr():x}",
         )
 
 

@@ -1,0 +1,1 @@
+"""Differentiable operators: public functions, torch.ops registration, autograd, backends."""
