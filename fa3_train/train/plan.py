@@ -137,7 +137,7 @@ def summary(config: TrainConfig, world_size: int) -> str:
             f"parameters  {model.num_parameters():,} "
             f"({model.layer_parameters():,} a layer x {model.num_layers}; "
             f"{model.matmul_parameters():,} in matrix products)",
-            f"FLOPs/token {per_token:.4g} forward + backward for documents of {data.seq_len} tokens "
+            f"FLOPs/token {per_token:.4g} forward + backward, documents of {data.seq_len} tokens "
             f"({attention / per_token:.1%} in causal attention); "
             f"PaLM's convention {one.palm / data.seq_len:.4g}",
             f"batch       {data.micro_batch} sequences x {world_size} {plural} x {accum} "
