@@ -48,7 +48,8 @@ class PackedDataset:
     """The endless stream of packed samples over some documents of a store.
 
     `documents` selects a subset (train or validation) by number; default all. Raises ValueError
-    when there is no token at all or seq_len < 2 (nothing to predict).
+    when there is no token at all or seq_len < 2 (nothing to predict); `sample` does so for a
+    token outside [0, vocab_size), where that is given.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PackedDataset:
         shuffle: bool = True,
         documents: np.ndarray | None = None,
         pad_token: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
         if seq_len < 2:
             raise ValueError(f"seq_len must be at least 2 tokens, got {seq_len}")
@@ -72,6 +74,7 @@ class PackedDataset:
         self.seed = seed
         self.shuffle = shuffle
         self._pad_token = pad_token
+        self._vocab_size = vocab_size
         self.num_tokens = int(lengths[self._documents].sum())
         if self.num_tokens == 0:
             raise ValueError(f"no tokens in {len(chosen)} documents: nothing to train on")
@@ -123,9 +126,21 @@ class PackedDataset:
             pieces.append(count)
             filled += count
             slot += 1
+        self._check_ids(tokens)
         if filled < self.seq_len:
             pieces.append(self.seq_len - filled)
         return Sample(tokens, labels, np.asarray(pieces, dtype=np.int64), filled)
+
+    def _check_ids(self, tokens: np.ndarray) -> None:
+        # On CUDA an id out of range ends the process without saying which; here it costs 10 us.
+        if self._vocab_size is None:
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self._vocab_size:
+            raise ValueError(
+                f"the data holds token id {high if low >= 0 else low}, outside of the model's "
+                f"vocabulary [0, {self._vocab_size}) (model.vocab_size)"
+            )
 
 
 class RandomDataset:
