@@ -7,6 +7,7 @@ torchrun every rank goes through the same checks and rank 0 speaks.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -75,6 +76,9 @@ def run(config: TrainConfig, rank: int = 0) -> int:
         return 0
     check_combination(config, launched)
     check_machine(config, _device(config))
+    # What the package logs (which attention backend, and why) belongs beside the run's own lines.
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    logging.getLogger("fa3_train").setLevel(logging.INFO if rank == 0 else logging.WARNING)
     from fa3_train.train.loop import run as train
 
     return train(config) or 0
