@@ -18,6 +18,7 @@ from torch import nn
 from fa3_train.modules.linear import build_linear, build_norm_linear
 from fa3_train.modules.norm import RMSNorm
 from fa3_train.modules.rope import Rope, document_positions, rotate
+from fa3_train.ops.attention import flash_attn_func, flash_attn_varlen_func
 
 
 class FlashAttention(nn.Module):
@@ -97,8 +98,6 @@ class FlashAttention(nn.Module):
         them. `rope` = (cos, sin) tables is for precision="fp8" only, where q and k come in
         unrotated.
         """
-        from fa3_train.ops import attention as ops
-
         lengths: tuple[Any, ...] = ()
         if cu_seqlens_q is not None:
             if max_seqlen_q is None:
@@ -111,16 +110,18 @@ class FlashAttention(nn.Module):
                 max_seqlen_q if same or max_seqlen_k is None else max_seqlen_k,
             )
         if self.precision == "fp8":
+            from fa3_train.ops.attention_fp8 import flash_attn_fp8_func, flash_attn_fp8_varlen_func
+
             cos, sin = rope if rope is not None else (None, None)
-            call = ops.flash_attn_fp8_varlen_func if lengths else ops.flash_attn_fp8_func
-            return call(
+            fp8_call = flash_attn_fp8_varlen_func if lengths else flash_attn_fp8_func
+            return fp8_call(
                 q, k, v, *lengths, softmax_scale=self.softmax_scale, causal=self.causal,
                 cos=cos, sin=sin, signs=self.signs, position_ids=position_ids,
                 window_size=self.window, backend=self.backend,
             )
         if rope is not None:
             raise ValueError("rope must be None with precision=bf16: rotate q and k before")
-        call = ops.flash_attn_varlen_func if lengths else ops.flash_attn_func
+        call = flash_attn_varlen_func if lengths else flash_attn_func
         return call(
             q, k, v, *lengths, softmax_scale=self.softmax_scale, causal=self.causal,
             window_size=self.window, softcap=self.softcap, deterministic=self.deterministic,

@@ -151,8 +151,6 @@ class TransformerLayer(nn.Module):
 @functools.cache
 def attention_ops() -> frozenset[Any]:
     """The operators whose results "selective" keeps: ours, and those behind torch's SDPA."""
-    import fa3_train.ops.attention  # noqa: F401  (registers ours)
-
     names = {
         "fa3_train": ("attn_fwd", "attn_fp8_fwd"),
         "aten": (
