@@ -1,0 +1,138 @@
+"""fp32 gradient accumulators in flat buckets, all-reduced while the backward still runs.
+
+Why not torch's DistributedDataParallel: it accumulates and reduces in the parameters' dtype. With
+bf16 working weights, eight micro-batches summed in bf16 lose the small gradients. Here each
+parameter's bf16 gradient is added into its slice of an fp32 bucket as soon as autograd has made it
+(and freed at once), and in the last micro-batch a full bucket starts its asynchronous all-reduce,
+so communication overlaps the rest of the backward, as in DDP. One process uses the same buckets
+without the all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+__all__ = ["GradientBuckets"]
+
+
+@dataclass
+class _Bucket:
+    flat: torch.Tensor  # (elements,) fp32
+    indices: list[int] = field(default_factory=list)  # parameters with a slice in it
+    pending: int = 0
+    work: Any = None
+
+
+class GradientBuckets:
+    """Accumulates the gradients of `named` parameters; `views[i]` is parameter i's fp32 gradient.
+
+    Call `begin(first=, last=)` before each backward and `finish()` after the last one.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        world_size: int,
+        bucket_bytes: int = 64 << 20,
+    ) -> None:
+        self.names = [name for name, _ in named]
+        self.params = [param for _, param in named]
+        self.world_size = world_size
+        self.views: list[torch.Tensor] = [torch.empty(0)] * len(named)
+        self.buckets: list[_Bucket] = []
+        self._bucket_of: list[_Bucket] = []
+        self._first = self._last = True
+        self._paused = False
+        self._seen: set[int] = set()  # parameters whose gradient has come in this backward
+        self._fill_buckets(bucket_bytes)
+        self._hooks = [
+            param.register_post_accumulate_grad_hook(self._hook(index))
+            for index, param in enumerate(self.params)
+        ]
+
+    @property
+    def flats(self) -> list[torch.Tensor]:
+        return [bucket.flat for bucket in self.buckets]
+
+    def begin(self, *, first: bool, last: bool) -> None:
+        """Announce the next backward: `first` overwrites, `last` starts the reductions."""
+        self._first, self._last = first, last
+        self._seen.clear()
+        for bucket in self.buckets:
+            bucket.pending, bucket.work = len(bucket.indices), None
+
+    def finish(self) -> None:
+        """Wait (on the stream, not on the host, under NCCL) for the mean over ranks."""
+        for bucket in self.buckets:
+            if bucket.pending:
+                missing = [self.names[i] for i in bucket.indices if i not in self._seen]
+                raise RuntimeError(
+                    f"{len(missing)} parameters got no gradient in the last backward, the first: "
+                    f"{missing[0] if missing else '?'}. Every parameter must take part in the loss"
+                )
+            if bucket.work is not None:
+                bucket.work.wait()
+                bucket.work = None
+                if not self._averages(bucket.flat):
+                    bucket.flat.div_(self.world_size)
+
+    def pause(self) -> None:
+        """Leave gradients in `param.grad` from now on (for the diagnosis of a bad step)."""
+        self._paused = True
+
+    def _fill_buckets(self, bucket_bytes: int) -> None:
+        # Reverse order: the last parameters' gradients come first in the backward.
+        by_param: dict[int, _Bucket] = {}
+        limit = bucket_bytes // 4
+        run: list[int] = []
+        size = 0
+        for index in reversed(range(len(self.params))):
+            numel = self.params[index].numel()
+            if run and size + numel > limit:
+                self._close(run, size, by_param)
+                run, size = [], 0
+            run.append(index)
+            size += numel
+        if run:
+            self._close(run, size, by_param)
+        self._bucket_of = [by_param[i] for i in range(len(self.params))]
+
+    def _close(self, run: list[int], size: int, by_param: dict[int, _Bucket]) -> None:
+        flat = torch.zeros(size, dtype=torch.float32, device=self.params[run[0]].device)
+        bucket = _Bucket(flat, list(run))
+        offset = 0
+        for index in run:
+            param = self.params[index]
+            self.views[index] = flat[offset : offset + param.numel()].view(param.shape)
+            offset += param.numel()
+            by_param[index] = bucket
+        self.buckets.append(bucket)
+
+    def _hook(self, index: int) -> Any:
+        def collect(param: torch.Tensor) -> None:
+            if self._paused or param.grad is None:
+                return
+            view = self.views[index]
+            if self._first:
+                view.copy_(param.grad)
+            else:
+                view.add_(param.grad)
+            param.grad = None
+            bucket = self._bucket_of[index]
+            bucket.pending -= 1
+            self._seen.add(index)
+            if bucket.pending == 0 and self._last and self.world_size > 1:
+                op = dist.ReduceOp.AVG if self._averages(bucket.flat) else dist.ReduceOp.SUM
+                bucket.work = dist.all_reduce(bucket.flat, op=op, async_op=True)
+
+        return collect
+
+    @staticmethod
+    def _averages(flat: torch.Tensor) -> bool:
+        return flat.is_cuda  # gloo has no AVG

@@ -1,0 +1,172 @@
+"""Which module made the loss or the gradient non-finite: found by a second pass under hooks.
+
+The training step itself carries no hooks and no host reads; it only switches the update off on the
+device (engines/base.py). When the loop learns of that, it calls `diagnose` with the micro-batches
+of the bad step. Parameters are still those before the step, so forward and backward reproduce it:
+
+- forward hooks look at each module's output in the order of execution; the first non-finite one is
+  the culprit, and since inner modules finish before outer ones it is the innermost;
+- hooks on each module's input tensors look at gradients in the order of the backward; the first
+  non-finite one was made by the backward of the innermost module that reads this tensor;
+- parameter gradients are looked at last, for an overflow in a weight gradient alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fa3_train.train.data import Batch
+from fa3_train.train.engines.base import Engine
+
+__all__ = ["NonFiniteError", "diagnose"]
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient of a step is NaN or infinite; the optimizer step was not taken."""
+
+
+@dataclass
+class _Finding:
+    micro_batch: int
+    where: str
+
+
+def diagnose(engine: Engine, batches: list[Batch], step: int, loss: float, norm: float) -> str:
+    """Repeat the bad step's forward and backward on all ranks (collective); the error's text.
+
+    `batches`: this rank's micro-batches of optimizer step `step`; `loss`, `norm`: what the step
+    reported.
+    """
+    engine.begin_diagnosis()
+    probe = _Probe(engine.model)
+    losses: list[float] = []
+    findings: list[_Finding] = []
+    with probe, torch.compiler.set_stance("force_eager"):
+        for index, batch in enumerate(batches):
+            probe.start()
+            value = engine.forward(batch)
+            losses.append(float(value.detach()))
+            last = index == len(batches) - 1
+            # Every rank runs every backward, whatever it found: they hold collectives.
+            engine.backward(value, first=index == 0, last=last)
+            where = probe.verdict()
+            if where is not None:
+                findings.append(_Finding(index, where))
+    mine = findings[0] if findings else None
+    reports = engine.world.gather((losses, mine))
+    shown = f"step {step}: loss {loss!r}, gradient norm {norm!r}"
+    kept = f"The optimizer step was not taken: the parameters are those after step {step - 1}."
+    for rank, (rank_losses, finding) in enumerate(reports):
+        if finding is not None:
+            return (
+                f"{shown}. First non-finite value: rank {rank}, micro-batch "
+                f"{finding.micro_batch} (loss {rank_losses[finding.micro_batch]!r}): "
+                f"{finding.where}. {kept}"
+            )
+    return (
+        f"{shown}. A second pass over the same batches on {len(reports)} rank(s) was finite "
+        "everywhere, so the value did not come from the model's arithmetic alone: suspect a race, "
+        f"a kernel that reads memory it was not given, or the hardware. {kept}"
+    )
+
+
+class _Probe:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._handles: list[Any] = []
+        self.start()
+
+    def start(self) -> None:
+        self._forward: str | None = None
+        self._gradient: str | None = None
+        self._readers: dict[int, str] = {}  # id of a tensor -> innermost module that reads it
+        self._alive: list[torch.Tensor] = []  # so that ids stay unique
+
+    def __enter__(self) -> _Probe:
+        for name, module in self.model.named_modules():
+            label = f"{name or '(model)'} ({type(module).__name__})"
+            self._handles.append(module.register_forward_pre_hook(self._before(label)))
+            self._handles.append(module.register_forward_hook(self._after(label)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def verdict(self) -> str | None:
+        """The first thing that went wrong since `start`, or None."""
+        return self._forward or self._gradient or self._bad_parameter_gradient()
+
+    def _before(self, label: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._forward is None:
+                for key, param in module.named_parameters(recurse=False):
+                    flaw = _flaw(param)
+                    if flaw:
+                        self._forward = f"parameter {key} of {label} {flaw}"
+                        return
+            for tensor in _tensors(args):
+                if tensor.requires_grad:
+                    if id(tensor) not in self._readers:
+                        self._alive.append(tensor)
+                        tensor.register_hook(self._on_gradient(id(tensor)))
+                    self._readers[id(tensor)] = label
+
+        return hook
+
+    def _after(self, label: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._forward is None:
+                for tensor in _tensors(output):
+                    flaw = _flaw(tensor)
+                    if flaw:
+                        self._forward = f"forward, output of {label} {flaw}"
+                        return
+
+        return hook
+
+    def _on_gradient(self, key: int) -> Any:
+        def hook(gradient: torch.Tensor) -> None:
+            if self._gradient is None:
+                flaw = _flaw(gradient)
+                if flaw:
+                    self._gradient = f"backward of {self._readers[key]}: gradient of its input {flaw}"
+
+        return hook
+
+    def _bad_parameter_gradient(self) -> str | None:
+        for name, param in self.model.named_parameters():
+            flaw = _flaw(param.grad) if param.grad is not None else None
+            if flaw:
+                return f"backward: gradient of parameter {name} {flaw}"
+        return None
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+@torch.no_grad()
+def _flaw(tensor: torch.Tensor) -> str | None:
+    """ "has 3 NaN and 0 Inf among 64 elements", or None for a finite (or integer) tensor."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return None
+    nans, infs = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+    if nans + infs == 0:
+        return None
+    return f"has {nans} NaN and {infs} Inf among {tensor.numel()} elements"

@@ -1,0 +1,284 @@
+"""The training loop: data -> engine -> metrics, with evaluation, checkpoints and signals.
+
+One step queues work on the device and reads nothing back. What the host must know of it (is the
+loss finite, did a rank get SIGTERM, is the background checkpoint written) travels in the engine's
+status vector and is read a fixed number of steps later (status.py). Things that need a settled
+state (checkpoint, end) first drain that queue, so a checkpoint is never taken of a step that turned
+out bad.
+
+A run is a function of its config and its position: batches follow from the data position, the
+learning rate from the step, so "resume" is: load the engine's state, seek the data, go on. On the
+CPU the continued losses are bitwise those of the uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fa3_train.models.transformer import TransformerLM
+from fa3_train.train.checkpoint import CheckpointError, Checkpointer, Manifest
+from fa3_train.train.config import TrainConfig
+from fa3_train.train.data import Batch, DataLoader
+from fa3_train.train.data.build import build_data
+from fa3_train.train.engines import Engine, World, create_engine, start_world, stop_world
+from fa3_train.train.engines.base import LOSS, NORM, SAVED, STATUS_SIZE, STOP
+from fa3_train.train.guard import NonFiniteError, diagnose
+from fa3_train.train.loggers import RunLogger
+from fa3_train.train.metrics import StepMeter
+from fa3_train.train.schedule import learning_rate
+from fa3_train.train.signals import StopSignal
+from fa3_train.train.status import StatusReader, StepStatus
+
+__all__ = ["Trainer", "run", "train"]
+
+log = logging.getLogger(__name__)
+
+
+def run(config: TrainConfig) -> int:
+    """Train and return an exit code: 0 when done or stopped by a signal, 1 for a failed run
+    (non-finite values, a checkpoint that cannot be written or read) with the reason on stderr."""
+    try:
+        train(config)
+    except (NonFiniteError, CheckpointError) as error:
+        print(f"fa3_train: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def train(config: TrainConfig) -> dict[str, str]:
+    """Train as `config` says; returns the paths of what the run wrote (empty but on rank 0).
+
+    Raises NonFiniteError, CheckpointError or ConfigError. SIGTERM and SIGUSR1 end it early, after
+    a checkpoint.
+    """
+    with StopSignal() as stop:
+        world = start_world(config)
+        try:
+            return Trainer(config, world, stop).run()
+        finally:
+            stop_world()
+
+
+class Trainer:
+    """Everything of one run, wired up and resumed; `run()` trains to the end."""
+
+    def __init__(self, config: TrainConfig, world: World, stop: StopSignal) -> None:
+        self.config, self.world, self.stop = config, world, stop
+        _seed(config)
+        self.data = build_data(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            seed=config.run.seed,
+            dp_rank=world.rank,
+            dp_size=world.size,
+            pin_memory=world.device.type == "cuda",
+        )
+        self.loader: DataLoader = self.data.train
+        model_config = config.model_config()
+        model = build_model(config, world)
+        self.engine: Engine = create_engine(config, world)
+        self.engine.setup(model)
+        self.checkpointer = Checkpointer(config, self.engine)
+        resumed = self.checkpointer.resume()
+        self.step = self._restore(resumed)
+        progress = resumed.progress if resumed else {}
+        self.meter = StepMeter(
+            config,
+            model_config,
+            device=world.device,
+            world_size=world.size,
+            model=model,
+            tokens_seen=progress.get("tokens", 0),
+        )
+        info = self.meter.describe() | self.engine.describe() | {"data": self.data.description}
+        self.logger = RunLogger(
+            config,
+            run_info=info,
+            rank=world.rank,
+            start_step=self.step,
+            state=progress.get("logger"),
+        )
+        if resumed:
+            self.logger.message(f"resumed after step {self.step} of {config.run.steps}")
+        self.status = StatusReader(world.device)
+        self._stop_agreed = False
+        self._phase_start = 0  # step in which the current phase of a background save began
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def run(self) -> dict[str, str]:
+        """Train to `run.steps` or to a stop request; paths of what was written."""
+        try:
+            self._train()
+        except (NonFiniteError, CheckpointError) as error:
+            self.logger.message(f"stopped: {error}")
+            raise
+        finally:
+            self.data.close()
+            self.checkpointer.close()
+            paths = self.logger.close()
+        self.engine.close()
+        return paths
+
+    def _train(self) -> None:
+        config = self.config
+        if self.step == 0:
+            self._evaluate()
+        while self.step < config.run.steps and not self._stop_agreed:
+            self.step += 1
+            self._one_step()
+            last = self.step == config.run.steps
+            self._read_statuses(drain=last)
+            if last or self.step % config.logging.every == 0:
+                self.logger.log(self.meter.flush())
+            if last or (config.run.eval_every and self.step % config.run.eval_every == 0):
+                self._evaluate()
+            if config.checkpoint.every and self.step % config.checkpoint.every == 0:
+                self._checkpoint(background=config.checkpoint.async_save and not last)
+        if self._stop_agreed:
+            self.logger.message(
+                f"stop requested ({self.stop.received or 'by another rank'}): saving after step "
+                f"{self.step}; run the same command to continue"
+            )
+        if self._stop_agreed or (config.checkpoint.save_last and self.step > 0):
+            self._checkpoint(background=False)
+        self._announce(self.checkpointer.finish())
+
+    def _one_step(self) -> None:
+        engine, meter, step = self.engine, self.meter, self.step
+        lr = learning_rate(step, self.config)
+        meter.start_step(step)
+        total: torch.Tensor | None = None
+        batches: list[Batch] = []
+        for index in range(engine.accumulation):
+            with meter.phase("data"):
+                batch = next(self.loader)
+            meter.count(batch)
+            batch = batch.to(self.world.device, non_blocking=True)
+            batches.append(batch)
+            with meter.phase("forward"):
+                loss = engine.forward(batch)
+            with meter.phase("backward"):
+                last = index == engine.accumulation - 1
+                engine.backward(loss, first=index == 0, last=last)
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        with meter.phase("optimizer"):
+            status = engine.step(lr, self._status_of(total))
+        meter.end_step(loss=status[LOSS], grad_norm=status[NORM], lr=lr)
+        self.status.push(step, status, batches)
+
+    def _status_of(self, total: torch.Tensor) -> torch.Tensor:
+        status = torch.zeros(STATUS_SIZE, device=self.world.device)
+        status[LOSS] = total / (self.engine.accumulation * self.world.size)
+        # Python scalars are kernel arguments on CUDA: no copy from pageable memory, no sync.
+        if self.stop.received is not None:
+            status[STOP] = 1.0
+        if self.checkpointer.local_done():
+            status[SAVED] = 1.0
+        return status
+
+    def _read_statuses(self, drain: bool = False) -> None:
+        for status in self.status.pop(all_of_them=drain):
+            if status.blocked:
+                self._stop_for(status)
+            if status.stop:
+                self._stop_agreed = True
+            # An older status may still speak of the previous phase.
+            if (
+                self.checkpointer.saving
+                and status.step > self._phase_start
+                and status.saved == self.world.size
+            ):
+                self._phase_start = self.step
+                self._announce(self.checkpointer.advance())
+
+    def _stop_for(self, status: StepStatus) -> None:
+        self.logger.log(self.meter.flush())
+        text = diagnose(self.engine, status.batches, status.step, status.loss, status.norm)
+        raise NonFiniteError(text)
+
+    # -- between steps ---------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Mean loss over the first `run.eval_batches` validation batches of every rank."""
+        loader, count = self.data.val, self.config.run.eval_batches
+        if loader is None or count == 0:
+            return
+        loader.seek(0)
+        losses = []
+        for _ in range(count):
+            batch = next(loader).to(self.world.device, non_blocking=True)
+            losses.append(self.engine.evaluate(batch))
+        loader.close()
+        mean = torch.stack(losses).double().mean()
+        if self.world.size > 1:
+            dist.all_reduce(mean)
+            mean /= self.world.size
+        self.logger.event("eval", step=self.step, val_loss=float(mean))
+        self.meter.restart()
+
+    def _checkpoint(self, background: bool) -> None:
+        """Save the state after the current step. Everything queued is waited for first."""
+        self._read_statuses(drain=True)
+        # On disk before the checkpoint, or a kill would leave a gap in metrics.jsonl.
+        self.logger.log(self.meter.flush())
+        progress = {
+            "data": self.loader.state_dict(),
+            "tokens": self.meter.tokens_seen,
+            "logger": self.logger.state(),
+        }
+        if background:
+            self._announce(self.checkpointer.finish())
+            self.checkpointer.save_async(self.step, progress)
+            self._phase_start = self.step
+        else:
+            self._announce(self.checkpointer.finish())
+            self._announce(self.checkpointer.save(self.step, progress))
+        self.meter.restart()
+
+    def _announce(self, path: Path | None) -> None:
+        if path is not None:
+            self.logger.event("checkpoint", step=int(path.name.split("_")[1]), path=str(path))
+
+    def _restore(self, manifest: Manifest | None) -> int:
+        if manifest is None:
+            return 0
+        try:
+            self.loader.load_state_dict(manifest.progress["data"])
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint of step {manifest.step}: {error}") from error
+        before = manifest.config.get("data", {}).get("global_batch")
+        if before != self.config.data.global_batch:
+            log.warning(
+                "data.global_batch was %s when step %d was saved and is %s now: the data go on "
+                "where they were, with steps of another size",
+                before,
+                manifest.step,
+                self.config.data.global_batch,
+            )
+        return manifest.step
+
+
+def build_model(config: TrainConfig, world: World) -> nn.Module:
+    """The model in fp32 on the rank's device, the same on every rank (seeded by run.seed)."""
+    with torch.device(world.device):
+        model = TransformerLM(config.model_config())
+    if config.model.init_from:
+        from fa3_train.models.hf import load_hf_weights
+
+        load_hf_weights(model, config.model.init_from)
+    return model
+
+
+def _seed(config: TrainConfig) -> None:
+    torch.manual_seed(config.run.seed)
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+

@@ -1,0 +1,41 @@
+"""SIGTERM and SIGUSR1 ask for a checkpoint and a clean exit; the loop obeys at a step boundary.
+
+The handler only sets a flag. The loop puts the flag into the vector that every step all-reduces
+anyway, so all ranks learn of it at the same step even when only one of them was signalled. A
+second signal of the same kind gets the default action: a way out if a rank hangs.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+__all__ = ["StopSignal"]
+
+
+class StopSignal:
+    """Context manager; `received` is the signal's name once one has arrived, else None."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        # Python allows handlers only in the main thread; elsewhere the host program owns them.
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
