@@ -13,8 +13,8 @@ namespace fa3 {
 constexpr int kSharedBytesPerBlock = 232448;  // what one thread block of sm_90 can have (227 KB)
 constexpr int kWarpgroupRows = 64;            // M of every wgmma
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+FA3_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+FA3_HD constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 
 // ---- swizzle ---------------------------------------------------------------------------------
 // The hardware XORs address bits 4.. with bits 7..: three bits at width 128, two at 64, one at 32.
