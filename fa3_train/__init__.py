@@ -21,7 +21,14 @@ _EXPORTS = {
 }
 _SUBMODULES = ("bench", "integrations", "models", "modules", "ops", "train")
 
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [
+    "__version__",
+    "flash_attn_fp8_func",
+    "flash_attn_fp8_varlen_func",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "rope_hadamard_quantize",
+]
 
 if TYPE_CHECKING:
     from fa3_train.ops.attention import flash_attn_func, flash_attn_varlen_func

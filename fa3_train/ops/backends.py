@@ -23,6 +23,7 @@ import torch
 
 from fa3_train import _lib, checks
 from fa3_train.ops import hopper
+from fa3_train.ops.hopper import mark_constant
 
 BACKENDS = ("hopper", "sdpa", "reference")
 OPTIONS = (
@@ -141,9 +142,11 @@ def _choose(
     return "reference"
 
 
-@torch.compiler.assume_constant_result
 def _choose_constant(*request) -> str:
     return _choose(*request)
+
+
+mark_constant(_choose_constant)
 
 
 def choose(

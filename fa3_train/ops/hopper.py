@@ -51,6 +51,12 @@ _library.define(
 )
 
 
+def mark_constant(function):
+    """``torch.compiler.assume_constant_result`` without its import of the compiler (over 1 s)."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def strided(x: Tensor) -> _lib.Tensor:
     """The C view of a dense (B, S, H, D) or packed (T, H, D) tensor.
 
@@ -178,20 +184,19 @@ def _attn_fwd_fake(
 def check_backward(
     shape: AttentionShape, q: Tensor, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
 ) -> None:
+    """Shapes and dtypes of what the backward gets beside q, k and v."""
     for name, x in (("dout", dout), ("out", out)):
-        checks.require(
-            tuple(x.shape) == tuple(shape.out_shape), name, f"must be {tuple(shape.out_shape)}",
-            tuple(x.shape),
-        )  # fmt: skip
-        checks.require(x.dtype == q.dtype, name, f"dtype must be that of q ({q.dtype})", x.dtype)
-    for name, x in (("lse", lse), ("dlse", dlse)):
-        if x is None:
+        if tuple(x.shape) != shape.out_shape:
+            checks.fail(name, f"must be {shape.out_shape}", tuple(x.shape))
+        if x.dtype != q.dtype:
+            checks.fail(name, f"dtype must be that of q ({q.dtype})", x.dtype)
+    for name, y in (("lse", lse), ("dlse", dlse)):
+        if y is None:
             continue
-        checks.require(
-            tuple(x.shape) == tuple(shape.lse_shape), name, f"must be {tuple(shape.lse_shape)}",
-            tuple(x.shape),
-        )  # fmt: skip
-        checks.require(x.dtype == torch.float32, name, "dtype must be torch.float32", x.dtype)
+        if tuple(y.shape) != shape.lse_shape:
+            checks.fail(name, f"must be {shape.lse_shape}", tuple(y.shape))
+        if y.dtype != torch.float32:
+            checks.fail(name, "dtype must be torch.float32", y.dtype)
 
 
 def _kernel_ready(x: Tensor) -> Tensor:
@@ -262,12 +267,17 @@ def _attn_bwd_fake(
 
 
 def check_accumulators(q, k, v, sink, dq, dk, dv, dsink) -> None:
-    for name, x, like in (("dq", dq, q), ("dk", dk, k), ("dv", dv, v)):
-        checks.require(x.shape == like.shape, name, f"must be {tuple(like.shape)}", tuple(x.shape))
-        checks.check_hopper_tensor(name, x, (torch.float32,))
-    checks.require(
-        (dsink is None) == (sink is None), "dsink", "must be given iff sink is", dsink is not None
-    )
+    """fp32 buffers shaped as what they are the gradients of."""
+    pairs = [("dq", dq, q), ("dk", dk, k), ("dv", dv, v)]
+    if (dsink is None) != (sink is None):
+        checks.fail("dsink", "must be given iff sink is", dsink is not None)
+    if sink is not None:
+        pairs.append(("dsink", dsink, sink))
+    for name, x, like in pairs:
+        if x.shape != like.shape:
+            checks.fail(name, f"must be {tuple(like.shape)}", tuple(x.shape))
+        if x.dtype != torch.float32:
+            checks.fail(name, "dtype must be torch.float32", x.dtype)
 
 
 def _attn_bwd_accumulate(
@@ -278,6 +288,8 @@ def _attn_bwd_accumulate(
     shape = check_request(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k)
     check_backward(shape, q, dout, out, lse, dlse)
     check_accumulators(q, k, v, sink, dq, dk, dv, dsink)
+    for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
+        checks.check_hopper_tensor(name, x, (torch.float32,))
     _require_device(q)
     if shape.empty or shape.total_k == 0:
         if dsink is not None:

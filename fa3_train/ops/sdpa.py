@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fa3_train.checks import AttentionShape
+from fa3_train.ops.hopper import mark_constant
 from fa3_train.reference import visible
 
 
@@ -99,7 +100,9 @@ def _varlen_attn() -> tuple[Callable[..., Tensor], bool] | None:
     return varlen_attn, "enable_gqa" in parameters
 
 
-_varlen_attn_constant = torch.compiler.assume_constant_result(_varlen_attn)
+@mark_constant
+def _varlen_attn_constant() -> tuple[Callable[..., Tensor], bool] | None:
+    return _varlen_attn()
 
 
 def _flash_varlen_serves(q: Tensor, shape: AttentionShape) -> bool:
