@@ -99,7 +99,8 @@ def _dense(q, k, v, scale, causal, window_size, softcap, deterministic, lse):
 def _varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window_size, softcap, det, lse):
     return attention.flash_attn_varlen_func(
         q, k, v, cu_q, cu_k, int(max_q), int(max_k), scale, causal,
-        window_size=_window(window_size, causal), softcap=softcap, deterministic=det, return_lse=lse,
+        window_size=_window(window_size, causal), softcap=softcap, deterministic=det,
+        return_lse=lse,
     )  # fmt: skip
 
 
@@ -336,7 +337,8 @@ def _fa3_backward(
     attention.attn_bwd_accumulate(
         dout, q, k, v, out, softmax_lse, *totals, softmax_scale, is_causal,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, window_size=_window((window_size_left, window_size_right), is_causal),
+        max_seqlen_k=max_seqlen_k,
+        window_size=_window((window_size_left, window_size_right), is_causal),
         softcap=softcap, deterministic=deterministic,
     )  # fmt: skip
     return tuple(
