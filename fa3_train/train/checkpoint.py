@@ -1,4 +1,4 @@
-"""Saving and resuming: collective over all ranks, atomic, never at the expense of the last good one.
+"""Saving and resuming: collective over ranks, atomic, never at the expense of the last good one.
 
 `Checkpointer.save` is the whole procedure in one call. `save_async` splits it so that training goes
 on: the state is copied aside at once; the files are written, then synced and hashed, by background
@@ -82,6 +82,11 @@ class Checkpointer:
         folder = files.partial_path(self.directory, step) / "state"
         futures = self._everywhere_local(lambda: self.engine.save_async(folder))
         self._pending = _Pending(manifest, futures)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint on disk."""
+        found = files.complete(self.directory)
+        return found[0][1] if found else None
 
     @property
     def saving(self) -> bool:

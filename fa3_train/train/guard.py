@@ -136,7 +136,8 @@ class _Probe:
             if self._gradient is None:
                 flaw = _flaw(gradient)
                 if flaw:
-                    self._gradient = f"backward of {self._readers[key]}: gradient of its input {flaw}"
+                    reader = self._readers[key]
+                    self._gradient = f"backward of {reader}: gradient of its input {flaw}"
 
         return hook
 

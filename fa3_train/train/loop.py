@@ -44,10 +44,13 @@ def run(config: TrainConfig) -> int:
     """Train and return an exit code: 0 when done or stopped by a signal, 1 for a failed run
     (non-finite values, a checkpoint that cannot be written or read) with the reason on stderr."""
     try:
-        train(config)
+        paths = train(config)
     except (NonFiniteError, CheckpointError) as error:
         print(f"fa3_train: {error}", file=sys.stderr, flush=True)
         return 1
+    width = max(map(len, paths), default=0)
+    for name, path in paths.items():
+        print(f"{name:<{width}}  {path}", flush=True)
     return 0
 
 
@@ -124,6 +127,8 @@ class Trainer:
             self.checkpointer.close()
             paths = self.logger.close()
         self.engine.close()
+        if paths and (newest := self.checkpointer.newest()) is not None:
+            paths["checkpoint"] = str(newest)
         return paths
 
     def _train(self) -> None:

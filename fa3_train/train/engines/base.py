@@ -98,10 +98,10 @@ class Engine(abc.ABC):
         """What a reader of the run's config wants to know about the engine."""
         return {"engine": self.name, "world_size": self.world.size, "accum": self.accumulation}
 
-    def begin_diagnosis(self) -> None:
+    def begin_diagnosis(self) -> None:  # noqa: B027  (optional)
         """The run is over; forward and backward are called again under hooks to find out why."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (optional)
         """Release what outlives the object (hooks, handles)."""
 
     # -- shared pieces ---------------------------------------------------------------------

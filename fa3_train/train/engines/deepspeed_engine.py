@@ -49,7 +49,6 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "stage": engine.zero_stage,
         "overlap_comm": engine.overlap_comm,
         "contiguous_gradients": True,
-        "zero_force_ds_cpu_optimizer": False,
     }
     if engine.zero_stage == 0:
         zero = {"stage": 0}
@@ -64,6 +63,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": 0.0 if ours_clips else config.optimizer.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # it would build DeepSpeed's CPU Adam
         "bf16": {"enabled": bf16},
         "steps_per_print": 1 << 60,  # the run's own logger prints
         "wall_clock_breakdown": False,
