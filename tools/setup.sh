@@ -35,7 +35,7 @@ if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv" || die "python3 -m venv failed (on Debian: apt-get install python3-venv)"
 fi
 python=$venv/bin/python
-pip=("$python" -m pip --disable-pip-version-check --quiet)
+pip=("$python" -m pip --disable-pip-version-check -qq)
 
 constraint=()
 if [ -z "$gpu" ]; then

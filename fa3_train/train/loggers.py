@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fa3_train.train.config import TrainConfig
+from fa3_train.train.config import ConfigError, TrainConfig
 
 Record = dict[str, Any]
 METRICS_FILE = "metrics.jsonl"
@@ -157,10 +157,17 @@ def prepare_metrics(path: Path, start_step: int) -> None:
         path.rename(aside)
         return
     kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         if not line.endswith("\n"):
             break
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{path} is not a metrics file: line {number}: {error}; move it away or choose "
+                "another run.dir"
+            ) from None
         if row.get("event") == "run" or row.get("step", 0) <= start_step:
             kept.append(line)
     temporary = path.with_name(path.name + ".tmp")
@@ -202,7 +209,7 @@ def step_line(records: list[Record], total: int) -> str:
     count = len(records)
 
     def mean(key: str) -> float:
-        return sum(r[key] for r in records) / count
+        return float(sum(r[key] for r in records)) / count
 
     share = next((r["attention_share"] for r in reversed(records) if r["attention_share"]), None)
     parts = [

@@ -47,7 +47,7 @@ class _HostClock:
         return time.perf_counter()
 
     def ms(self, start: Any, end: Any) -> float:
-        return (end - start) * 1e3
+        return float(end - start) * 1e3
 
 
 class _StreamClock:
@@ -190,7 +190,7 @@ class StepMeter:
         """Facts that make the numbers readable: GPU, peaks with source, formulas, versions."""
         peak = self.peak
         return {
-            "gpu": self.gpu or "none (CPU)",
+            "gpu": self.gpu or "CPU",
             "gpus": self.world_size,
             "peak_bf16_flops": peak.bf16 if peak else None,
             "peak_fp8_flops": peak.fp8 if peak else None,
@@ -248,7 +248,7 @@ class StepMeter:
         calls = [pair for pair in step.attention if len(pair) == 2]
         if not calls:
             return None
-        return sum(self._clock.ms(start, end) for start, end in calls) / total_ms
+        return float(sum(self._clock.ms(start, end) for start, end in calls) / total_ms)
 
     def _scalar(self, value: Tensor | float | None) -> Tensor:
         if isinstance(value, Tensor):
