@@ -247,22 +247,27 @@ def resolve_window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int
     return left, right
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_finite(value: Any) -> bool:
+    """A real number, written with comparisons because tracing knows no math.isfinite."""
+    return (
+        isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
+        and not isinstance(value, bool)
+        and -math.inf < value < math.inf
+    )
 
 
 def resolve_scale(softmax_scale: float | None, head_dim_qk: int) -> float:
     """``softmax_scale``, by default 1 / sqrt(head dim of q and k)."""
     if softmax_scale is None:
         return 1.0 / math.sqrt(head_dim_qk)
-    if not _is_number(softmax_scale) or not math.isfinite(softmax_scale):
+    if not _is_finite(softmax_scale):
         fail("softmax_scale", "must be a finite number or None", repr(softmax_scale))
     return float(softmax_scale)
 
 
 def check_softcap(softcap: float) -> float:
     """``softcap``: 0 (none) or a positive finite number."""
-    if not _is_number(softcap) or not math.isfinite(softcap) or softcap < 0:
+    if not _is_finite(softcap) or softcap < 0:
         fail("softcap", "must be 0 (none) or a positive finite number", repr(softcap))
     return float(softcap)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections.abc import Callable
 
 import torch
@@ -174,8 +175,10 @@ def choose(
         f"must be 'auto' or one of {list(BACKENDS)}",
         repr(backend),
     )
-    d_v = head_dim_qk if head_dim_v is None else head_dim_v
+    # index(): inside torch.compile with dynamic shapes, a head dim becomes the constant it is.
+    d_qk = operator.index(head_dim_qk)
+    d_v = d_qk if head_dim_v is None else operator.index(head_dim_v)
     deterministic = "deterministic" in options and torch.are_deterministic_algorithms_enabled()
     return _choose_constant(
-        backend, device.type, device.index, dtype, head_dim_qk, d_v, options, deterministic
+        backend, device.type, device.index, dtype, d_qk, d_v, options, deterministic
     )

@@ -50,9 +50,16 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int) 
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=_grouped(q, k),
     ).transpose(1, 2)
     return F.pad(out, (0, 0, 0, 0, dead, 0)) if dead else out
+
+
+def _grouped(q: Tensor, k: Tensor) -> bool:
+    # A branch, not the comparison's value: with dynamic shapes that would be no bool.
+    if q.shape[-2] != k.shape[-2]:  # noqa: SIM103
+        return True
+    return False
 
 
 def _rows_without_keys(seqlen_q: int, seqlen_k: int, right: int) -> int:
@@ -198,6 +205,6 @@ def _masked_row(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right) -> Tens
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
         attn_mask=mask,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=_grouped(q, k),
     )[0].transpose(0, 1)
     return out.masked_fill(~alive[:, None, None], 0.0)
