@@ -1,0 +1,8 @@
+# One translation unit per head-dim bucket and type.
+foreach(type bf16 fp16)
+  foreach(dim 64 96 128)
+    fa3_instance(bwd_d${dim}_${type} "attn/bwd_launch.cuh"
+      "template int fa3::launch_bwd_fused<${dim}, fa3::${type}>(const fa3::BwdCall&);")
+  endforeach()
+endforeach()
+fa3_provides(bwd)

@@ -1,0 +1,510 @@
+// Backward in one pass over the scores: head dims up to 128, bf16 and fp16 (FlashAttention-2, algorithm 2, with
+// the warp specialisation of FlashAttention-3, section 3.1; kernel design and numbers in docs/backward.md).
+//
+//   S = Q K^T, P = exp2(S c - LSE log2e), dP = dO V^T, dS = P o (dP - delta)
+//   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
+//
+// A thread block takes tiles of 128 keys from a queue. K and V stay in shared memory, dK and dV in registers, and
+// the query blocks of all query heads of the tile stream by. S and dP are computed transposed (64 keys of one
+// warpgroup x block of queries), because their accumulators then already are the A operands of dV += P^T dO and
+// dK += dS^T Q; only dS goes through shared memory, for dQ. dQ is summed over key tiles in global FP32 memory in
+// fragment order, by bulk reductions from shared memory; bwd_finish_dq sorts and rounds it.
+//
+// Warpgroup 0: warp 0 draws tiles, loads K, Q, LSE; warp 1 sends dQ; warp 2 loads V, dO, delta; warp 3 idles.
+// Warpgroups 1 and 2: math, 64 keys each. All rings run on from tile to tile, so that the next tile's loads
+// are under way during the last steps and the epilogue of this one.
+#pragma once
+#include "attn/bwd_tile.cuh"
+#include "tile/pipeline.cuh"
+
+namespace fa3 {
+
+template <int kHeadDim_, class Elem_, bool kWindow_, bool kSoftcap_>
+struct BwdFusedTraits {
+  using Elem = Elem_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kWindow = kWindow_, kSoftcap = kSoftcap_;
+  // 128 x 128 needs 64 registers each for S and dP, which only head dim 64 leaves (dK + dV: one per column).
+  static constexpr int BLOCK_M = kHeadDim == 64 ? 128 : 64, BLOCK_N = 128;
+  static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
+  static constexpr int kRegsProducer = 24, kRegsConsumer = 240;
+  // Q has a third stage: dK of one step runs on into the next, and holds its Q until then.
+  static constexpr int kStagesQ = 3, kStagesDO = 2, kStagesDS = 2;
+  static constexpr int kSlabs = ceil_div(kHeadDim, kSlabCols);
+  static constexpr int kScoreRegs = BLOCK_M / 2, kGradRegs = kHeadDim / 2;
+  // dQ of a step is 64 x 64 per warpgroup: rows 64 g at head dim 64, else columns 64 g. At head dim 96 the
+  // second half has 32 columns; it is computed in full (K's slab is padded with zeros) and sent in part.
+  static constexpr bool kSplitDqRows = kHeadDim == 64;
+  static constexpr int kDqRegs = 32, kDqBytes = 64 * 64 * 4;
+  static constexpr int kDqBlockFloats = BLOCK_M * kHeadDim;
+  static FA3_HD constexpr int dq_bytes(int g) {
+    return g == 0 || kHeadDim % 64 == 0 ? kDqBytes : kDqBytes * (kHeadDim % 64) / 64;
+  }
+
+  static constexpr int kQueryTileBytes = BLOCK_M * kSlabs * kSlabBytes;
+  static constexpr int kKeyTileBytes = BLOCK_N * kSlabs * kSlabBytes;
+  static constexpr int kDsBytes = BLOCK_M * BLOCK_N * 2;
+
+  struct SharedPlan {
+    alignas(1024) uint8_t k[kKeyTileBytes];
+    uint8_t v[kKeyTileBytes];
+    uint8_t q[kStagesQ][kQueryTileBytes];
+    uint8_t dout[kStagesDO][kQueryTileBytes];
+    uint8_t ds[kStagesDS][kDsBytes];  // [BLOCK_N / 64 slabs][BLOCK_M queries][64 keys]
+    uint8_t dq[kConsumers][kDqBytes];
+    float neg_lse[kStagesQ][BLOCK_M];
+    float neg_delta[kStagesDO][BLOCK_M];
+    KeyTile tile[2];
+    uint64_t k_full, k_empty, v_full, v_empty;
+    uint64_t q_full[kStagesQ], q_empty[kStagesQ];
+    uint64_t do_full[kStagesDO], do_empty[kStagesDO];
+    uint64_t dq_full[kConsumers], dq_empty[kConsumers];
+    uint64_t tile_full[2], tile_empty[2];
+  };
+  static constexpr int kSharedBytes = sizeof(SharedPlan);
+  static_assert(kSharedBytes <= kSharedBytesPerBlock, "shared memory of one block");
+  static_assert(kRegsProducer + kConsumers * kRegsConsumer <= 65536 / 128, "registers of one SM");
+};
+
+// Named barriers of the math warpgroups (0 is __syncthreads).
+enum BwdBarrier : int {
+  kBarDsWritten = 1,   // both halves of dS are in shared memory
+  kBarRowsCleared = 2,  // rows past the end of a packed sequence are zero
+  kBarTurn = 3,        // + g: one warpgroup's ordered adding to dK, dV
+};
+
+// Walks (query head, query block) of a tile.
+struct QueryWalk {
+  int m, head;
+  FA3_DEVICE explicit QueryWalk(const KeyTile& t) : m(t.query_begin), head(t.head_q) {}
+  FA3_DEVICE void advance(const KeyTile& t) {
+    if (++m == t.query_end) m = t.query_begin, ++head;
+  }
+  FA3_DEVICE int row_block(const BwdShape& s, const KeyTile& t) const { return head * s.row_blocks + t.row_block + m; }
+};
+
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constant__ BwdKernelParams p) {
+  using Elem = typename T::Elem;
+  using Plan = typename T::SharedPlan;
+  constexpr int BLOCK_M = T::BLOCK_M, BLOCK_N = T::BLOCK_N;
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  Plan& plan = *reinterpret_cast<Plan*>(shared_bytes);
+  const auto bar = [](const uint64_t& b) { return smem_addr(&b); };
+  const int warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
+  constexpr int kMathWarps = 4 * T::kConsumers;
+
+  if (threadIdx.x == 0) {
+    mbar_init(bar(plan.k_full), 1), mbar_init(bar(plan.k_empty), kMathWarps);
+    mbar_init(bar(plan.v_full), 1), mbar_init(bar(plan.v_empty), kMathWarps);
+    for (int i = 0; i < T::kStagesQ; ++i)
+      mbar_init(bar(plan.q_full[i]), 1), mbar_init(bar(plan.q_empty[i]), kMathWarps);
+    for (int i = 0; i < T::kStagesDO; ++i)
+      mbar_init(bar(plan.do_full[i]), 1), mbar_init(bar(plan.do_empty[i]), kMathWarps);
+    for (int i = 0; i < T::kConsumers; ++i)
+      mbar_init(bar(plan.dq_full[i]), 4), mbar_init(bar(plan.dq_empty[i]), 1);
+    for (int i = 0; i < 2; ++i)  // readers: the math warps, the dQ sender, the V and dO loader
+      mbar_init(bar(plan.tile_full[i]), 1), mbar_init(bar(plan.tile_empty[i]), kMathWarps + 2);
+    mbar_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) grid_launch_dependents();
+
+  // ---------------------------------------------------------------------------------------- loads, sends
+  if (warpgroup == 0) {
+    registers_release<T::kRegsProducer>();
+    const auto load_tile = [&](uint8_t* dst, const CUtensorMap& map, uint64_t& full, int rows, int row, int head,
+                               int batch, uint64_t policy) {
+#pragma unroll
+      for (int c = 0; c < T::kSlabs; ++c)
+        tma_load_4d(smem_addr(dst) + c * rows * kSlabBytes, &map, bar(full), policy, c * kSlabCols, row, head, batch);
+    };
+    if (warp == 0 && elect_one()) {
+      Ring<T::kStagesQ> q_ring;
+      Ring<2> tiles;
+      uint32_t key_phase = 0;
+      bool prepared = false;  // bwd_prepare has ended: its outputs, and the tile counter, may be read
+      const auto await_prepare = [&] {
+        if (!prepared) grid_dependency_wait(), prepared = true;
+      };
+      // The first tile needs no draw; when tiles wait for one another it must not be taken before it can run.
+      int next = blockIdx.x, drawn_from = gridDim.x;
+      if (p.deterministic || p.ordered_dkv) {
+        await_prepare();
+        drawn_from = 0;
+        next = atomicAdd(p.work.tile_counter, 1);
+      }
+      for (;;) {
+        KeyTile& t = plan.tile[tiles.stage];
+        mbar_wait(bar(plan.tile_empty[tiles.stage]), tiles.phase ^ 1);
+        find_key_tile<BLOCK_M, BLOCK_N>(p, next, t);
+        mbar_arrive(bar(plan.tile_full[tiles.stage]));
+        tiles.advance();
+        if (t.key_block < 0) break;
+        QueryWalk walk(t);
+        for (int step = 0; step < t.steps; ++step, q_ring.advance(), walk.advance(t)) {
+          const int i = q_ring.stage;
+          mbar_wait(bar(plan.q_empty[i]), q_ring.phase ^ 1);
+          mbar_arrive_expect_tx(bar(plan.q_full[i]), T::kQueryTileBytes + BLOCK_M * 4);
+          load_tile(plan.q[i], p.q, plan.q_full[i], BLOCK_M, t.query_row + walk.m * BLOCK_M, walk.head, t.batch,
+                    kL2EvictLast);
+          await_prepare();
+          bulk_load(smem_addr(plan.neg_lse[i]), p.work.neg_lse + int64_t(walk.row_block(p.shape, t)) * BLOCK_M,
+                    BLOCK_M * 4, bar(plan.q_full[i]));
+          if (step == 0) {
+            mbar_wait(bar(plan.k_empty), key_phase ^ 1);
+            key_phase ^= 1;
+            mbar_arrive_expect_tx(bar(plan.k_full), T::kKeyTileBytes);
+            load_tile(plan.k, p.k, plan.k_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k, t.batch,
+                      kL2EvictNormal);
+          }
+        }
+        await_prepare();
+        next = drawn_from + atomicAdd(p.work.tile_counter, 1);
+      }
+    } else if (warp == 2 && elect_one()) {
+      Ring<T::kStagesDO> do_ring;
+      Ring<2> tiles;
+      uint32_t key_phase = 0;
+      bool prepared = false;
+      for (;;) {
+        const KeyTile& t = plan.tile[tiles.stage];
+        mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
+        if (t.key_block < 0) break;
+        QueryWalk walk(t);
+        for (int step = 0; step < t.steps; ++step, do_ring.advance(), walk.advance(t)) {
+          const int i = do_ring.stage;
+          mbar_wait(bar(plan.do_empty[i]), do_ring.phase ^ 1);
+          mbar_arrive_expect_tx(bar(plan.do_full[i]), T::kQueryTileBytes + BLOCK_M * 4);
+          load_tile(plan.dout[i], p.dout, plan.do_full[i], BLOCK_M, t.query_row + walk.m * BLOCK_M, walk.head,
+                    t.batch, kL2EvictLast);
+          if (!prepared) grid_dependency_wait(), prepared = true;
+          bulk_load(smem_addr(plan.neg_delta[i]), p.work.neg_delta + int64_t(walk.row_block(p.shape, t)) * BLOCK_M,
+                    BLOCK_M * 4, bar(plan.do_full[i]));
+          if (step == 0) {
+            mbar_wait(bar(plan.v_empty), key_phase ^ 1);
+            key_phase ^= 1;
+            mbar_arrive_expect_tx(bar(plan.v_full), T::kKeyTileBytes);
+            load_tile(plan.v, p.v, plan.v_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k, t.batch,
+                      kL2EvictNormal);
+          }
+        }
+        mbar_arrive(bar(plan.tile_empty[tiles.stage]));
+        tiles.advance();
+      }
+    } else if (warp == 1 && elect_one()) {
+      Ring<2> tiles;
+      uint32_t dq_phase = 0;
+      grid_dependency_wait();  // the accumulators are zero
+      for (;;) {
+        const KeyTile& t = plan.tile[tiles.stage];
+        mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
+        if (t.key_block < 0) break;
+        QueryWalk walk(t);
+        for (int step = 0; step < t.steps; ++step, walk.advance(t)) {
+          const int row_block = walk.row_block(p.shape, t);
+          float* const dst = p.work.dq + int64_t(row_block) * T::kDqBlockFloats;
+#pragma unroll
+          for (int g = 0; g < T::kConsumers; ++g) {
+            mbar_wait(bar(plan.dq_full[g]), dq_phase);
+            if (g == 0 && p.deterministic) {
+              const Mask mask{t.seqlen_k - t.seqlen_q, p.shape.window_left, p.shape.window_right};
+              const BlockRange keys =
+                  key_blocks({BLOCK_M, BLOCK_N}, mask, walk.m, ceil_div(t.seqlen_k, BLOCK_N));
+              await_turn(p.work.dq_order + row_block,
+                         p.order.descending ? keys.end - 1 - t.key_block : t.key_block - keys.begin);
+              fence_proxy_async_global();  // the sums before us were made by their async proxy
+            }
+            bulk_reduce_add_f32(dst + g * (T::kDqBytes / 4), smem_addr(plan.dq[g]), T::dq_bytes(g), kL2EvictLast);
+            bulk_commit();
+          }
+          dq_phase ^= 1;
+          bulk_wait_read<1>();
+          mbar_arrive(bar(plan.dq_empty[0]));
+          bulk_wait_read<0>();
+          mbar_arrive(bar(plan.dq_empty[1]));
+          if (p.deterministic) {
+            bulk_wait<0>();  // added, not just read
+            fence_proxy_async_global();
+            increment_release(p.work.dq_order + row_block);
+          }
+        }
+        mbar_arrive(bar(plan.tile_empty[tiles.stage]));
+        tiles.advance();
+      }
+      bulk_wait<0>();
+    }
+    return;
+  }
+
+  // ---------------------------------------------------------------------------------------- math
+  registers_claim<T::kRegsConsumer>();
+  const int g = warpgroup - 1;  // keys 64 g .. 64 g + 63 of the tile
+  const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
+  const int math_thread = threadIdx.x - 128;
+  float dk[T::kGradRegs], dv[T::kGradRegs];
+
+  constexpr uint64_t kFormK = descriptor_form<128>(16);  // K-major
+  constexpr uint64_t kFormQueryT = descriptor_form<128>(BLOCK_M * kSlabBytes), kFormKeyT = descriptor_form<128>(BLOCK_N * kSlabBytes);
+  const uint64_t k_rows = descriptor_at(kFormK, smem_addr(plan.k) + g * 64 * kSlabBytes);
+  const uint64_t v_rows = descriptor_at(kFormK, smem_addr(plan.v) + g * 64 * kSlabBytes);
+  const uint64_t q_tile = descriptor_at(kFormK, smem_addr(plan.q)), do_tile = descriptor_at(kFormK, smem_addr(plan.dout));
+  const uint64_t q_cols = descriptor_at(kFormQueryT, smem_addr(plan.q));
+  const uint64_t do_cols = descriptor_at(kFormQueryT, smem_addr(plan.dout));
+  const uint64_t ds_rows = descriptor_at(kFormK, smem_addr(plan.ds) + (T::kSplitDqRows ? g * 64 * kSlabBytes : 0));
+  const uint64_t k_cols = descriptor_at(kFormKeyT, smem_addr(plan.k) + (T::kSplitDqRows ? 0 : g * BLOCK_N * kSlabBytes));
+
+  // x += A B^T over the head dim: S^T = K Q^T, dP^T = V dO^T.
+  const auto mma_scores = [&](float (&x)[T::kScoreRegs], uint64_t a, uint64_t b) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < T::kHeadDim / 16; ++k)
+      Wgmma<Elem, BLOCK_M>::template ss<0, 0>(
+          x, descriptor_step(a, k / 4 * BLOCK_N * kSlabBytes + k % 4 * kStepKMajor),
+          descriptor_step(b, k / 4 * BLOCK_M * kSlabBytes + k % 4 * kStepKMajor));
+    wgmma_commit();
+  };
+  // x += A B over the queries of the block: dV = P^T dO, dK = dS^T Q.
+  const auto mma_grad = [&](float (&x)[T::kGradRegs], const uint32_t (&a)[T::kScoreRegs / 2], uint64_t b) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < BLOCK_M / 16; ++k)
+      Wgmma<Elem, T::kHeadDim>::template rs<1>(x, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
+                                              descriptor_step(b, k * kStepMNMajor));
+    wgmma_commit();
+  };
+  // This warpgroup's quarter or half of dQ = dS K over the keys of the tile.
+  const auto mma_dq = [&](float (&x)[T::kDqRegs], uint64_t a) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < BLOCK_N / 16; ++k) {
+      const uint64_t ds_step = descriptor_step(a, k / 4 * BLOCK_M * kSlabBytes + k % 4 * kStepKMajor);
+      const uint64_t k_step = descriptor_step(k_cols, k * kStepMNMajor);
+      if (k == 0) Wgmma<Elem, 64>::template ss_zero<0, 1>(x, ds_step, k_step);
+      else Wgmma<Elem, 64>::template ss<0, 1>(x, ds_step, k_step);
+    }
+    wgmma_commit();
+  };
+
+  // dS^T fragments (16 queries a time) to the K-major [query][key] tile. 8 x 8 matrix i of the four: queries
+  // 8 (i / 2) .. + 7, keys 8 (i % 2) .. + 7 of this warp's 16; .trans turns rows (keys) into columns.
+  const int warp16 = thread / 32;
+  const uint32_t ds_lane = smem_addr(plan.ds) + g * BLOCK_M * kSlabBytes
+                           + (8 * (lane >> 4) + (lane & 7)) * kSlabBytes
+                           + (((2 * warp16 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
+  const auto store_ds = [&](const uint32_t (&a)[T::kScoreRegs / 2], int stage) {
+#pragma unroll
+    for (int k = 0; k < BLOCK_M / 16; ++k)
+      stmatrix_x4_trans(ds_lane + stage * T::kDsBytes + k * 16 * kSlabBytes, a[4 * k], a[4 * k + 1], a[4 * k + 2],
+                        a[4 * k + 3]);
+  };
+  uint32_t dq_phase = 1;
+  const auto await_dq_buffer = [&] {
+    mbar_wait(bar(plan.dq_empty[g]), dq_phase);
+    dq_phase ^= 1;
+  };
+  const auto store_dq = [&](const float (&x)[T::kDqRegs]) {  // vector i of all threads, then i + 1: no conflicts
+    constexpr int kVectors = T::kDqRegs / 4;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      if (T::kHeadDim % 64 == 0 || g == 0 || i < T::dq_bytes(1) / 2048)
+        sts_float4(smem_addr(plan.dq[g]) + thread * 16 + i * 2048, x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+  };
+  const auto arrive = [&](const uint64_t& b) {
+    __syncwarp();
+    if (lane == 0) mbar_arrive(bar(b));
+  };
+  const auto send_dq = [&] {
+    fence_proxy_async_shared();
+    arrive(plan.dq_full[g]);
+  };
+
+  // Scores start at -LSE / scale and dP at -delta, which saves their subtraction; with softcap tanh comes between.
+  const auto start_scores = [&](float (&s)[T::kScoreRegs], int stage) {
+    if constexpr (T::kSoftcap) {
+#pragma unroll
+      for (int i = 0; i < T::kScoreRegs; ++i) s[i] = 0.f;
+    } else {
+      start_at_columns(s, smem_addr(plan.neg_lse[stage]));
+    }
+  };
+  // Finite with softcap, where 1 - x^2 must stay finite too; far enough for exp2 to give 0.
+  constexpr float kHidden = T::kSoftcap ? -1e18f : -INFINITY;
+  // Scores to P, or with softcap to x = tanh(score / cap), from which P and the derivative both follow later.
+  const auto softmax = [&](float (&s)[T::kScoreRegs], int shift, int key0, int seqlen_k, int m) {
+    const Mask mask{shift, p.shape.window_left, p.shape.window_right};
+    if constexpr (T::kSoftcap) {
+#pragma unroll
+      for (int i = 0; i < T::kScoreRegs; ++i) s[i] = tanh_approx(s[i] * p.shape.softcap_input);
+    }
+    mask_transposed<BLOCK_M, T::kWindow>(s, kHidden, mask, key0, seqlen_k, m);
+    if constexpr (!T::kSoftcap) {
+#pragma unroll
+      for (int i = 0; i < T::kScoreRegs; ++i) s[i] = exp2_approx(s[i] * p.shape.scale_log2);
+    }
+  };
+  // dP - delta to dS, and with softcap x to P.
+  const auto softmax_backward = [&](float (&s)[T::kScoreRegs], float (&dp)[T::kScoreRegs], int q_stage) {
+    if constexpr (T::kSoftcap) {
+#pragma unroll
+      for (int k = 0; k < T::kScoreRegs / 8; ++k) {
+        float neg_lse[8];
+        start_at_columns(neg_lse, smem_addr(plan.neg_lse[q_stage]) + k * 64);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float x = s[8 * k + i];
+          const float prob = exp2_approx(fmaf(x, p.shape.scale_log2, neg_lse[i]));
+          s[8 * k + i] = prob;
+          dp[8 * k + i] *= prob * fmaf(-x, x, 1.f);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < T::kScoreRegs; ++i) dp[i] *= s[i];
+    }
+  };
+
+  Ring<2> tiles;
+  Ring<T::kStagesQ> q_ring;
+  Ring<T::kStagesDO> do_ring;
+  uint32_t key_phase = 0, ds_stage = 0;
+#pragma unroll 1
+  for (;;) {
+    mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
+    const KeyTile& t = plan.tile[tiles.stage];
+    // Through a shuffle the compiler knows these to be uniform, and their loops not to diverge.
+    const int key_block = uniform(t.key_block);
+    if (key_block < 0) break;
+    const int steps = uniform(t.steps), query_begin = uniform(t.query_begin), query_end = uniform(t.query_end);
+    const int seqlen_q = uniform(t.seqlen_q), seqlen_k = uniform(t.seqlen_k);
+    const int shift = seqlen_k - seqlen_q, key0 = key_block * BLOCK_N + g * 64;
+#pragma unroll
+    for (int i = 0; i < T::kGradRegs; ++i) dk[i] = dv[i] = 0.f;
+
+    // Packed sequences: the query block whose last rows belong to somebody else, or -1.
+    const bool packed = p.shape.cu_seqlens_q != nullptr;
+    const int cut_block = packed && seqlen_q % BLOCK_M ? seqlen_q / BLOCK_M : -1;
+    const auto clear_query_rows = [&](int m) {
+      if (m != cut_block) return;
+      clear_rows<256>(smem_addr(plan.q[q_ring.stage]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M, math_thread);
+      clear_rows<256>(smem_addr(plan.dout[do_ring.stage]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M, math_thread);
+      fence_proxy_async_shared();
+      named_sync(kBarRowsCleared, 256);
+    };
+
+    if (steps > 0) {
+      float s[T::kScoreRegs], dp[T::kScoreRegs];
+      int m = query_begin;
+      mbar_wait(bar(plan.k_full), key_phase);
+      mbar_wait(bar(plan.v_full), key_phase);
+      key_phase ^= 1;
+      mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
+      mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
+      const int keys_left = seqlen_k - key_block * BLOCK_N;
+      if (packed && keys_left < BLOCK_N) {
+        clear_rows<256>(smem_addr(plan.k), T::kSlabs, BLOCK_N, keys_left, math_thread);
+        clear_rows<256>(smem_addr(plan.v), T::kSlabs, BLOCK_N, keys_left, math_thread);
+        fence_proxy_async_shared();
+        named_sync(kBarRowsCleared, 256);
+      }
+      clear_query_rows(m);
+      start_scores(s, q_ring.stage);
+      start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage]));
+      pin(s), pin(dp);
+      mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes));
+      mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kQueryTileBytes));
+      wgmma_wait<1>(), pin(s);
+      softmax(s, shift, key0, seqlen_k, m);
+      pin(s);
+
+      // One step. On entry: P of its block in s, dP on its way. Before leaving it queues S and dP of the next
+      // block behind its own dK, so that the tensor cores never see the softmax.
+      const auto step = [&](auto is_last) {
+        constexpr bool kLast = decltype(is_last)::value;
+        float dq[T::kDqRegs];
+        uint32_t p16[T::kScoreRegs / 2], ds16[T::kScoreRegs / 2];
+        const int q_stage = q_ring.stage, do_stage = do_ring.stage;
+        wgmma_wait<0>(), pin(dp);
+        if constexpr (kLast) arrive(plan.v_empty);
+        softmax_backward(s, dp, q_stage);
+        pack_all<Elem>(s, p16);
+        pack_all<Elem>(dp, ds16);
+        store_ds(ds16, ds_stage);
+        mma_grad(dv, p16, descriptor_step(do_cols, do_stage * T::kQueryTileBytes));
+        q_ring.advance(), do_ring.advance();
+        if (++m == query_end) m = query_begin;
+        fence_proxy_async_shared();
+        named_sync(kBarDsWritten, 256);
+        mma_dq(dq, descriptor_step(ds_rows, ds_stage * T::kDsBytes));
+        ds_stage ^= 1;
+        wgmma_wait<1>();  // dV
+        arrive(plan.do_empty[do_stage]);
+        mma_grad(dk, ds16, descriptor_step(q_cols, q_stage * T::kQueryTileBytes));
+        if constexpr (!kLast) {
+          mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
+          mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
+          clear_query_rows(m);
+        }
+        await_dq_buffer();
+        if constexpr (kLast) {
+          wgmma_wait<1>(), pin(dq);
+          store_dq(dq);
+          send_dq();
+          wgmma_wait<0>();
+          arrive(plan.q_empty[q_stage]);
+          arrive(plan.k_empty);
+        } else if constexpr (T::kHeadDim == 64) {
+          // S of the next block takes the registers of P and dP; dP has none until dK is done with dS.
+          start_scores(s, q_ring.stage), pin(s);
+          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes));
+          wgmma_wait<2>(), pin(dq);
+          store_dq(dq);
+          send_dq();
+          wgmma_wait<1>();  // dK
+          arrive(plan.q_empty[q_stage]);
+          start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage])), pin(dp);
+          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kQueryTileBytes));
+          wgmma_wait<1>(), pin(s);
+          softmax(s, shift, key0, seqlen_k, m);
+          pin(s);
+        } else {
+          // Shared-memory reads queue behind issued wgmma: take the statistics before S and dP go out.
+          start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage])), pin(dp);
+          wgmma_wait<1>(), pin(dq);
+          store_dq(dq);
+          start_scores(s, q_ring.stage), pin(s);
+          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes));
+          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kQueryTileBytes));
+          send_dq();  // its proxy fence takes a while: under the MMAs
+          wgmma_wait<1>(), pin(s);  // dK and S
+          arrive(plan.q_empty[q_stage]);
+          softmax(s, shift, key0, seqlen_k, m);
+          pin(s);
+        }
+      };
+#pragma unroll 1
+      for (int i = 1; i < steps; ++i) step(Constant<false>{});
+      step(Constant<true>{});
+      pin(dk), pin(dv);
+    }
+
+    // A tile that no query sees still has gradients: zeros.
+    int* const turn = p.work.dkv_order + 2 * t.order_slot + g;
+    if (p.ordered_dkv) {
+      if (thread == 0) await_turn(turn, t.head_q % (p.shape.heads_q / p.shape.heads_k));
+      named_sync(kBarTurn + g, 128);
+    }
+    const int keys = seqlen_k - key0;
+    emit_gradient<Elem, T::kHeadDim>(dv, 1.f, p.dv, p.dkv_fp32, t, key0, keys, p.shape.head_dim_v);
+    emit_gradient<Elem, T::kHeadDim>(dk, p.shape.softmax_scale, p.dk, p.dkv_fp32, t, key0, keys, p.shape.head_dim_qk);
+    if (p.ordered_dkv) {
+      fence_gpu();
+      named_sync(kBarTurn + g, 128);
+      if (thread == 0) increment_release(turn);
+    }
+    arrive(plan.tile_empty[tiles.stage]);
+    tiles.advance();
+  }
+}
+
+}  // namespace fa3

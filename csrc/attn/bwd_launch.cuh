@@ -1,0 +1,187 @@
+// Launches of the backward: fills kernel parameters from the plan, encodes tensor maps, chains the kernels.
+// Included by the instantiation units only (csrc/attn/bwd.instances.cmake).
+#pragma once
+#include "attn/bwd_around.cuh"
+#include "attn/bwd_fused.cuh"
+#include "attn/bwd_plan.h"
+#include "host.h"
+
+namespace fa3 {
+
+// `early`: the kernel may start before the one before it has ended, and calls grid_dependency_wait itself.
+template <class Params>
+int launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int shared_bytes,
+                  cudaStream_t stream, bool early, const char* name) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return FA3_OK;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);
+}
+
+inline GradTensor grad_tensor(const fa3_tensor& t) {
+  return {t.ptr, t.stride_batch, t.stride_token, t.stride_head};
+}
+
+// {head dim, tokens, heads, batch}, boxes of 64 columns x rows. An empty tensor gets a map of one row that nobody
+// loads: `filler` is any valid device address.
+inline int encode_token_map(CUtensorMap* map, const char* name, const fa3_tensor& t, int dtype, int64_t head_dim,
+                            int64_t tokens, int64_t heads, int64_t batch, int rows, const void* filler) {
+  TensorMapShape shape{};
+  shape.rank = 4;
+  const int64_t dims[4] = {head_dim, tokens > 0 ? tokens : 1, heads, batch};
+  const int64_t strides[3] = {t.stride_token * 2, t.stride_head * 2, t.stride_batch * 2};
+  const int box[4] = {kSlabCols, rows, 1, 1};
+  for (int i = 0; i < 4; ++i) shape.dims[i] = dims[i], shape.box[i] = box[i];
+  for (int i = 0; i < 3; ++i) shape.strides_bytes[i] = strides[i];
+  shape.swizzle_bytes = 128;
+  return encode_tensor_map(map, name, dtype, tokens > 0 ? t.ptr : filler, shape);
+}
+
+struct BwdLaunch {
+  BwdKernelParams main;
+  BwdAroundParams around;
+  cudaStream_t stream;
+  dim3 row_grid;  // of the kernels around: (query blocks, heads, batch)
+};
+
+inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
+  const fa3_attn_bwd_params& a = *call.params;
+  const BwdPlan& plan = call.plan;
+  const bool packed = a.cu_seqlens_q != nullptr;
+  BwdKernelParams& m = launch->main;
+  BwdAroundParams& r = launch->around;
+  m = BwdKernelParams{};
+  r = BwdAroundParams{};
+  launch->stream = static_cast<cudaStream_t>(a.stream);
+  launch->row_grid = dim3(ceil_div(a.seqlen_q, plan.blocks.block_m), a.heads_q, a.batch);
+
+  constexpr float kLog2E = 1.44269504088896340736f;
+  BwdShape& s = m.shape;
+  s.cu_seqlens_q = a.cu_seqlens_q;
+  s.cu_seqlens_k = a.cu_seqlens_k;
+  s.batch = a.batch;
+  s.seqlen_q = a.seqlen_q;
+  s.seqlen_k = a.seqlen_k;
+  s.heads_q = a.heads_q;
+  s.heads_k = a.heads_k;
+  s.head_dim_qk = a.head_dim_qk;
+  s.head_dim_v = a.head_dim_v;
+  s.window_left = plan.window_left;
+  s.window_right = plan.window_right;
+  s.row_blocks = plan.row_blocks;
+  s.softmax_scale = a.softmax_scale;
+  s.scale_log2 = (a.softcap > 0.f ? a.softcap : a.softmax_scale) * kLog2E;
+  s.softcap_input = a.softcap > 0.f ? a.softmax_scale / a.softcap : 0.f;
+
+  char* const base = static_cast<char*>(a.workspace);
+  const auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
+  const auto ints = [base](int64_t offset) { return reinterpret_cast<int*>(base + offset); };
+  m.work = {floats(plan.neg_lse), floats(plan.neg_delta), plan.two_pass ? nullptr : floats(plan.dq),
+            ints(plan.tile_counter), ints(plan.dq_order), ints(plan.dkv_order)};
+  m.order = plan.order;
+  m.heads_per_tile = plan.heads_per_tile;
+  m.ordered_dkv = plan.ordered_dkv;
+  m.deterministic = a.deterministic && !plan.two_pass;
+  m.dkv_fp32 = plan.rounded_dkv || a.dk_accum.ptr != nullptr;
+  if (plan.rounded_dkv) {
+    const int64_t k_row = int64_t(a.heads_k) * a.head_dim_qk, v_row = int64_t(a.heads_k) * a.head_dim_v;
+    m.dk = {floats(plan.dk_sum), a.seqlen_k * k_row, k_row, a.head_dim_qk};
+    m.dv = {floats(plan.dv_sum), a.seqlen_k * v_row, v_row, a.head_dim_v};
+  } else {
+    m.dk = grad_tensor(m.dkv_fp32 ? a.dk_accum : a.dk);
+    m.dv = grad_tensor(m.dkv_fp32 ? a.dv_accum : a.dv);
+  }
+  m.dq_fp32 = a.dq_accum.ptr != nullptr;
+  m.dq = grad_tensor(m.dq_fp32 ? a.dq_accum : a.dq);
+
+  const int64_t map_batch = packed ? 1 : a.batch;
+  const int64_t q_tokens = packed ? a.total_q : a.seqlen_q, k_tokens = packed ? a.total_k : a.seqlen_k;
+  const int bm = plan.blocks.block_m, bn = plan.blocks.block_n;
+  FA3_TRY(encode_token_map(&m.q, "q", a.q, a.dtype, a.head_dim_qk, q_tokens, a.heads_q, map_batch, bm, base));
+  FA3_TRY(encode_token_map(&m.dout, "dout", a.dout, a.dtype, a.head_dim_v, q_tokens, a.heads_q, map_batch, bm, base));
+  FA3_TRY(encode_token_map(&m.k, "k", a.k, a.dtype, a.head_dim_qk, k_tokens, a.heads_k, map_batch, bn, base));
+  FA3_TRY(encode_token_map(&m.v, "v", a.v, a.dtype, a.head_dim_v, k_tokens, a.heads_k, map_batch, bn, base));
+
+  r.shape = s;
+  r.work = m.work;
+  r.out = grad_tensor(a.out);
+  r.dout = grad_tensor(a.dout);
+  r.dq = m.dq;
+  r.dq_fp32 = m.dq_fp32;
+  r.dk = grad_tensor(a.dk);
+  r.dv = grad_tensor(a.dv);
+  r.lse = a.lse;
+  r.dlse = a.dlse;
+  r.sink = a.sink;
+  r.dsink = a.dsink;
+  r.sink_parts = floats(plan.sink_parts);
+  r.zero = reinterpret_cast<float4*>(base + plan.zero);
+  r.zero_vectors = plan.zero_bytes / 16;
+  r.dk_sum = floats(plan.dk_sum);
+  r.dv_sum = floats(plan.dv_sum);
+  r.total_q = packed ? a.total_q : int64_t(a.batch) * a.seqlen_q;
+  r.total_k = packed ? a.total_k : int64_t(a.batch) * a.seqlen_k;
+  r.lse_factor = a.softcap > 0.f ? kLog2E : 1.f / a.softmax_scale;
+  return FA3_OK;
+}
+
+// What follows the main kernel in every variant.
+template <class Elem, int BLOCK_M>
+int finish_launch(const BwdCall& call, const BwdLaunch& launch) {
+  const fa3_attn_bwd_params& a = *call.params;
+  if (call.plan.rounded_dkv) {
+    const int64_t vectors = launch.around.total_k * a.heads_k * (a.head_dim_qk / 8);
+    const int64_t blocks = (vectors + kAroundThreads - 1) / kAroundThreads;
+    const int64_t most = int64_t(call.sm_count) * 16;
+    FA3_TRY(launch_kernel(bwd_round_dkv<Elem>, launch.around, dim3(unsigned(blocks < most ? blocks : most), 2),
+                          kAroundThreads, 0, launch.stream, true, "bwd_round_dkv"));
+  }
+  if (a.sink != nullptr)
+    FA3_TRY(launch_kernel(bwd_finish_sink<BLOCK_M>, launch.around, dim3(a.heads_q), kAroundThreads, 0, launch.stream,
+                          true, "bwd_finish_sink"));
+  return FA3_OK;
+}
+
+// The grid of bwd_prepare, which also zeroes: one block at least, even when there are no queries.
+inline dim3 prepare_grid(const BwdLaunch& launch) {
+  const dim3 g = launch.row_grid;
+  return dim3(g.x > 0 ? g.x : 1, g.y, g.z);
+}
+
+template <class T>
+int launch_fused_kernel(const BwdCall& call, const BwdLaunch& launch) {
+  const int tiles = tile_count(call.plan.order);
+  const auto kernel = bwd_fused<T>;
+  FA3_TRY(allow_shared_memory(reinterpret_cast<const void*>(kernel), T::kSharedBytes));
+  return launch_kernel(kernel, launch.main, dim3(tiles < call.sm_count ? tiles : call.sm_count), T::kThreads,
+                       T::kSharedBytes, launch.stream, true, "bwd_fused");
+}
+
+template <int kHeadDim, class Elem>
+int launch_bwd_fused(const BwdCall& call) {
+  using Any = BwdFusedTraits<kHeadDim, Elem, false, false>;
+  constexpr int kLanes = kHeadDim == 64 ? 8 : 16;
+  BwdLaunch launch;
+  FA3_TRY(prepare_launch(call, &launch));
+  launch.around.transposed_statistics = 1;
+  FA3_TRY(launch_kernel(bwd_prepare<Elem, Any::BLOCK_M, kLanes, Any::kDqBlockFloats>, launch.around,
+                        prepare_grid(launch), kAroundThreads, 0, launch.stream, false, "bwd_prepare"));
+  const bool softcap = call.params->softcap > 0.f, window = call.plan.window;
+  if (softcap) FA3_TRY((launch_fused_kernel<BwdFusedTraits<kHeadDim, Elem, true, true>>(call, launch)));
+  else if (window) FA3_TRY((launch_fused_kernel<BwdFusedTraits<kHeadDim, Elem, true, false>>(call, launch)));
+  else FA3_TRY((launch_fused_kernel<BwdFusedTraits<kHeadDim, Elem, false, false>>(call, launch)));
+  FA3_TRY(launch_kernel(bwd_finish_dq<Elem, Any::BLOCK_M, kHeadDim>, launch.around, launch.row_grid, kAroundThreads, 0,
+                        launch.stream, true, "bwd_finish_dq"));
+  return finish_launch<Elem, Any::BLOCK_M>(call, launch);
+}
+
+}  // namespace fa3

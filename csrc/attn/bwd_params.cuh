@@ -1,0 +1,68 @@
+// What the host hands to the backward kernels. Device pointers; strides in elements unless named _bytes.
+#pragma once
+#include <cuda.h>
+
+#include "attn/bwd_ranges.h"
+
+namespace fa3 {
+
+// One output with its strides. 16-bit or FP32 as its user says.
+struct GradTensor {
+  void* ptr;
+  int64_t stride_batch, stride_token, stride_head;
+};
+
+// Shapes that all kernels of a call share.
+struct BwdShape {
+  const int* cu_seqlens_q;  // (batch + 1), NULL: dense
+  const int* cu_seqlens_k;
+  int batch, seqlen_q, seqlen_k;  // packed: the maxima
+  int heads_q, heads_k;
+  int head_dim_qk, head_dim_v;
+  int window_left, window_right;  // kUnbounded: none
+  int row_blocks;                 // query row blocks of one head, over the whole batch
+  float softmax_scale;
+  float scale_log2;  // P = exp2(scale_log2 * (score + neg_lse)); softcap: of tanh, then neg_lse is in log2 units
+  float softcap_input;  // tanh(score * softcap_input), softmax_scale / softcap
+};
+
+// Statistics and accumulators in the workspace. Row block of (b, h, m): h * row_blocks + first block of b + m.
+struct BwdWorkspace {
+  float* neg_lse;    // [heads_q * row_blocks][block_m]: see bwd_prepare for units; -inf: the row has no P
+  float* neg_delta;  // likewise; -(rowsum(dO * O) - dLSE)
+  float* dq;         // [heads_q * row_blocks][fragment order], zeroed by bwd_prepare; NULL in the two-pass kernels
+  int* tile_counter;
+  int* dq_order;   // [heads_q * row_blocks]: key tiles added so far, deterministic only
+  int* dkv_order;  // [2 * tiles of one query-head share]: heads of the group added so far, see BwdKernelParams
+};
+
+struct BwdKernelParams {
+  CUtensorMap q, k, v, dout;  // {head dim, tokens, heads, batch}; packed: batch 1
+  BwdShape shape;
+  BwdWorkspace work;
+  TileOrder order;
+  GradTensor dk, dv;    // (B, Sk, heads_k, D): 16-bit, or FP32 to add to (dkv_fp32)
+  GradTensor dq;        // two-pass kernels only: 16-bit, or FP32 to add to (dq_fp32)
+  int heads_per_tile;   // query heads one CTA loops over: the whole group, or 1
+  int dkv_fp32, dq_fp32;
+  int ordered_dkv;      // several CTAs add to the same dK and dV: in order of their heads
+  int deterministic;    // dQ is added in tile order
+};
+
+// One key tile of work, as the drawing thread hands it to the other roles through shared memory. They hold on to
+// the slot until they are done with the tile and read fields when needed: registers are what all of them lack.
+struct alignas(16) KeyTile {
+  int key_block;    // within its sequence; < 0: no more tiles
+  int batch;        // of the tensor map and the gradients: 0 when packed
+  int head_q;       // first query head
+  int head_k;
+  int query_begin, query_end;  // query blocks
+  int query_row;    // first token of the sequence in q (packed), else 0
+  int key_row;
+  int row_block;    // first row block of the sequence
+  int seqlen_q, seqlen_k;
+  int order_slot;   // of dkv_order
+  int steps;        // (query head, query block) pairs
+};
+
+}  // namespace fa3

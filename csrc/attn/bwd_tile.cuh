@@ -1,0 +1,212 @@
+// Pieces of the backward kernels that work on one tile: statistics into accumulators, masks, fragments to
+// shared and global memory. Accumulators of one thread as tile/layout.cuh lays them out (acc_row, acc_col).
+#pragma once
+#include "attn/bwd_params.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/convert.cuh"
+#include "ptx/launch.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/warp.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace fa3 {
+
+constexpr int kSlabBytes = 128;  // one row of a slab: 64 16-bit elements, 128-byte swizzle
+constexpr int kSlabCols = 64;
+constexpr int kStepKMajor = 32;               // bytes from one 16-deep k-step to the next, K-major inside a slab
+constexpr int kStepMNMajor = 16 * kSlabBytes;  // MN-major
+
+template <bool v>
+struct Constant {
+  static constexpr bool value = v;
+};
+
+// Key tile number `index` of the launch into shared memory, field by field. Runs in one thread; the binary search
+// is over cumulative lengths.
+template <int BLOCK_M, int BLOCK_N>
+FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
+  const BwdShape& s = p.shape;
+  if (index >= tile_count(p.order)) {
+    t.key_block = -1;
+    return;
+  }
+  const TileName name = tile_name(p.order, index);
+  int share = name.head, key_block = name.key_block, slot = name.key_block;
+  if (s.cu_seqlens_q == nullptr) {
+    const int shares = s.heads_q / p.heads_per_tile, b = share / shares;
+    share -= b * shares;
+    slot += b * p.order.num_key_blocks;
+    t.batch = b;
+    t.query_row = t.key_row = 0;
+    t.seqlen_q = s.seqlen_q;
+    t.seqlen_k = s.seqlen_k;
+    t.row_block = b * ceil_div(s.seqlen_q, BLOCK_M);
+  } else {
+    int b = 0, above = s.batch;  // the last b with first_block(b) <= key_block
+    while (above - b > 1) {
+      const int middle = (b + above) / 2;
+      if (first_block(__ldg(s.cu_seqlens_k + middle), middle, BLOCK_N) <= key_block) b = middle;
+      else above = middle;
+    }
+    const int query_row = __ldg(s.cu_seqlens_q + b), key_row = __ldg(s.cu_seqlens_k + b);
+    t.batch = 0;
+    t.query_row = query_row;
+    t.key_row = key_row;
+    t.seqlen_q = __ldg(s.cu_seqlens_q + b + 1) - query_row;
+    t.seqlen_k = __ldg(s.cu_seqlens_k + b + 1) - key_row;
+    t.row_block = first_block(query_row, b, BLOCK_M);
+    key_block -= first_block(key_row, b, BLOCK_N);
+  }
+  const int head_q = share * p.heads_per_tile, head_k = head_q / (s.heads_q / s.heads_k);
+  t.key_block = key_block;
+  t.head_q = head_q;
+  t.head_k = head_k;
+  t.order_slot = slot * s.heads_k + head_k;
+  const int seqlen_q = t.seqlen_q, seqlen_k = t.seqlen_k;
+  const Mask mask{seqlen_k - seqlen_q, s.window_left, s.window_right};
+  const BlockRange range = key_block * BLOCK_N < seqlen_k
+      ? query_blocks({BLOCK_M, BLOCK_N}, mask, key_block, ceil_div(seqlen_q, BLOCK_M))
+      : BlockRange{0, 0};  // a spare number of a packed sequence
+  t.query_begin = range.begin;
+  t.query_end = range.begin + range.size();
+  t.steps = range.size() * p.heads_per_tile;
+}
+
+// Accumulators of a transposed score tile start at a statistic of their column (statistics_slot order).
+template <int N>
+FA3_DEVICE void start_at_columns(float (&acc)[N], uint32_t statistics) {
+  const int quad = threadIdx.x & 3;
+#pragma unroll
+  for (int k = 0; k < N / 8; ++k) {  // 16 columns
+    const float2 near = lds_float2(statistics + k * 64 + quad * 16);
+    const float2 far = lds_float2(statistics + k * 64 + quad * 16 + 8);
+    acc[8 * k + 0] = acc[8 * k + 2] = near.x;
+    acc[8 * k + 1] = acc[8 * k + 3] = near.y;
+    acc[8 * k + 4] = acc[8 * k + 6] = far.x;
+    acc[8 * k + 5] = acc[8 * k + 7] = far.y;
+  }
+}
+
+// Hides pairs of a transposed score tile (rows: 64 keys from key0, columns: query block m). Only tiles that a
+// bound or the end of the keys cuts are looked at.
+template <int BLOCK_M, bool kWindow>
+FA3_DEVICE void mask_transposed(float (&s)[BLOCK_M / 2], float hidden, Mask mask, int key0, int seqlen_k, int m) {
+  constexpr int kAlways = 1 << 30;
+  const int quad2 = 2 * (threadIdx.x & 3), row = acc_row(threadIdx.x & 127, 0);
+  const int query0 = m * BLOCK_M;
+  const BlockShape one{BLOCK_M, kWarpgroupRows};
+  const bool tail = key0 + kWarpgroupRows > seqlen_k;
+  // key <= query + shift + right  <=>  column >= key - shift - right - query0
+  if (tail || (kWindow && key0 + one.block_n - 1 > query0 + mask.shift + mask.right)) {
+    const int first = kWindow ? key0 + row - mask.shift - mask.right - query0 : -kAlways;
+    const int lo0 = (key0 + row < seqlen_k ? first : kAlways) - quad2;
+    const int lo1 = (key0 + row + 8 < seqlen_k ? first + (kWindow ? 8 : 0) : kAlways) - quad2;
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 8; ++i) {
+      if (8 * i + 0 < lo0) s[4 * i + 0] = hidden;
+      if (8 * i + 1 < lo0) s[4 * i + 1] = hidden;
+      if (8 * i + 0 < lo1) s[4 * i + 2] = hidden;
+      if (8 * i + 1 < lo1) s[4 * i + 3] = hidden;
+    }
+  }
+  // key >= query + shift - left  <=>  column <= key - shift + left - query0
+  if (kWindow && key0 < query0 + BLOCK_M - 1 + mask.shift - mask.left) {
+    const int hi0 = key0 + row - mask.shift + mask.left - query0 - quad2, hi1 = hi0 + 8;
+#pragma unroll
+    for (int i = 0; i < BLOCK_M / 8; ++i) {
+      if (8 * i + 0 > hi0) s[4 * i + 0] = hidden;
+      if (8 * i + 1 > hi0) s[4 * i + 1] = hidden;
+      if (8 * i + 0 > hi1) s[4 * i + 2] = hidden;
+      if (8 * i + 1 > hi1) s[4 * i + 3] = hidden;
+    }
+  }
+}
+
+template <class Elem, int N>
+FA3_DEVICE void pack_all(const float (&x)[N], uint32_t (&out)[N / 2]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) out[i] = pack2<Elem>(x[2 * i], x[2 * i + 1]);
+}
+
+// Rows [from, rows) of a swizzled tile become zero: a swizzle permutes inside a row, so whole rows need no map.
+// Packed sequences need it: TMA brought the next sequence's rows along, and 0 * NaN is NaN.
+template <int kThreads>
+FA3_DEVICE void clear_rows(uint32_t tile, int slabs, int rows, int from, int thread) {
+  for (int slab = 0; slab < slabs; ++slab)
+    for (int chunk = from * (kSlabBytes / 16) + thread; chunk < rows * (kSlabBytes / 16); chunk += kThreads)
+      sts128(tile + (slab * rows * kSlabBytes + chunk * 16), make_uint4(0, 0, 0, 0));
+}
+
+// 4 x 4 transpose among the lanes of a quad: afterwards lane q holds element q of lanes 0 to 3.
+FA3_DEVICE void quad_transpose(uint32_t (&v)[4]) {
+  const int q = threadIdx.x & 3;
+#pragma unroll
+  for (int step = 1; step <= 2; step <<= 1)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(i & step)) {
+        const uint32_t send = (q & step) ? v[i] : v[i + step];
+        const uint32_t got = __shfl_xor_sync(0xffffffffu, send, step);
+        if (q & step) v[i] = got;
+        else v[i + step] = got;
+      }
+}
+
+// Rows of 64 x N accumulators, times `factor`, as 16-bit vectors of 8 columns: no shared memory, no overrun.
+// `dst`: row 0 of the tile; rows and cols bound what exists.
+template <class Elem, int N>
+FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t stride, int rows, int cols) {
+  const int quad = threadIdx.x & 3, row = acc_row(threadIdx.x & 127, 0);
+#pragma unroll
+  for (int u = 0; u < N / 32; ++u) {
+    uint32_t lo[4], hi[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* c = acc + 16 * u + 4 * i;
+      lo[i] = pack2<Elem>(c[0] * factor, c[1] * factor);
+      hi[i] = pack2<Elem>(c[2] * factor, c[3] * factor);
+    }
+    quad_transpose(lo);
+    quad_transpose(hi);
+    const int col = 32 * u + 8 * quad;
+    if (col < cols) {
+      Elem* const at = dst + row * stride + col;
+      if (row < rows) *reinterpret_cast<uint4*>(at) = make_uint4(lo[0], lo[1], lo[2], lo[3]);
+      if (row + 8 < rows) *reinterpret_cast<uint4*>(at + 8 * stride) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+    }
+  }
+}
+
+// The same, added to FP32 in global memory. Each element is added to once per call of this function.
+template <int N>
+FA3_DEVICE void add_rows(const float* acc, float factor, float* dst, int64_t stride, int rows, int cols) {
+  const int row = acc_row(threadIdx.x & 127, 0);
+#pragma unroll
+  for (int i = 0; i < N / 8; ++i) {
+    const int col = 8 * i + 2 * (threadIdx.x & 3);
+    const float* c = acc + 4 * i;
+    float* const at = dst + row * stride + col;
+    if (8 * i < cols) {
+      if (row < rows) reduce_add_f32x2(at, c[0] * factor, c[1] * factor);
+      if (row + 8 < rows) reduce_add_f32x2(at + 8 * stride, c[2] * factor, c[3] * factor);
+    }
+  }
+}
+
+// dK or dV of `rows` keys from token key0 on, to where the call wants them.
+template <class Elem, int N>
+FA3_DEVICE void emit_gradient(const float* acc, float factor, const GradTensor& g, int fp32, const KeyTile& t,
+                              int key0, int rows, int cols) {
+  const int64_t at = t.batch * g.stride_batch + int64_t(t.key_row + key0) * g.stride_token
+                     + t.head_k * g.stride_head;
+  if (fp32) add_rows<N>(acc, factor, static_cast<float*>(g.ptr) + at, g.stride_token, rows, cols);
+  else store_rows<Elem, N>(acc, factor, static_cast<Elem*>(g.ptr) + at, g.stride_token, rows, cols);
+}
+
+// In-order adding by several thread blocks: `turn` counts those that are done.
+FA3_DEVICE void await_turn(const int* turn, int mine) {
+  while (load_acquire(turn) != mine) __nanosleep(64);
+}
+
+}  // namespace fa3
