@@ -58,15 +58,16 @@ class Checkpointer:
 
     # -- writing ---------------------------------------------------------------------------
 
-    def save(self, step: int, progress: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step` (steps taken so far) and return its folder.
+    def save(self, step: int, progress: dict[str, Any]) -> Path | None:
+        """Write the checkpoint of `step` (steps taken so far); its folder, or None when this run
+        has written or loaded that one already.
 
         `progress` must be JSON-able and the same on all ranks. Raises CheckpointError (no space,
         I/O error, folder not shared); earlier checkpoints are untouched then.
         """
         self.finish()
         if step in self._known_good:
-            return files.step_path(self.directory, step)
+            return None
         manifest = self._prepare(step, progress)
         partial = files.partial_path(self.directory, step)
         self._everywhere("writing", lambda: self.engine.save(partial / "state"))

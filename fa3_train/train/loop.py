@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fa3_train.models.transformer import TransformerLM
-from fa3_train.train.checkpoint import CheckpointError, Checkpointer, Manifest
+from fa3_train.train.checkpoint import Checkpointer, CheckpointError, Manifest
 from fa3_train.train.config import TrainConfig
 from fa3_train.train.data import Batch, DataLoader
 from fa3_train.train.data.build import build_data
@@ -107,8 +107,6 @@ class Trainer:
             start_step=self.step,
             state=progress.get("logger"),
         )
-        if resumed:
-            self.logger.message(f"resumed after step {self.step} of {config.run.steps}")
         self.status = StatusReader(world.device)
         self._stop_agreed = False
         self._phase_start = 0  # step in which the current phase of a background save began

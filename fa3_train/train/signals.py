@@ -1,8 +1,9 @@
 """SIGTERM and SIGUSR1 ask for a checkpoint and a clean exit; the loop obeys at a step boundary.
 
 The handler only sets a flag. The loop puts the flag into the vector that every step all-reduces
-anyway, so all ranks learn of it at the same step even when only one of them was signalled. A
-second signal of the same kind gets the default action: a way out if a rank hangs.
+anyway, so all ranks learn of it at the same step even when only one of them was signalled.
+Further signals change nothing: a job manager signals the launcher and the ranks, and the launcher
+passes it on, so a rank may well get two. (Way out of a hang: SIGKILL, which loses no checkpoint.)
 """
 
 from __future__ import annotations
@@ -37,5 +38,4 @@ class StopSignal:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        self.received = self.received or signal.Signals(number).name

@@ -17,6 +17,7 @@ every strategy, so a run can continue in another strategy or at another world si
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ class TorchEngine(Engine):
             raise ConfigError("precision.params=bf16 needs precision.compute=bf16, got fp32")
         self.model = model.to(self.world.device)
         self.buckets: GradientBuckets | None = None
+        # One process without a group saving for itself is what we mean; DCP warns each time.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        # The background writer runs collectives while the training thread runs others.
+        background = self.config.checkpoint.async_save and self.world.size > 1
+        self._writers = dist.new_group(backend="gloo") if background else None
         # Names come from before wrapping; a tied weight appears once, under its first name.
         names = [n for n, p in model.named_parameters() if p.requires_grad]
         if self.strategy == "fsdp2":
@@ -210,7 +216,9 @@ class TorchEngine(Engine):
         dcp.save(self._state(), checkpoint_id=str(folder))
 
     def save_async(self, folder: Path) -> Future[Any]:
-        return dcp.async_save(self._state(), checkpoint_id=str(folder))
+        return dcp.async_save(
+            self._state(), checkpoint_id=str(folder), process_group=self._writers
+        )
 
     def load(self, folder: Path) -> None:
         dcp.load(self._state(), checkpoint_id=str(folder))

@@ -127,6 +127,8 @@ def start_world(config: TrainConfig) -> World:
         if size > 1:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=wait)
         else:  # no launcher, so no address to meet at
+            for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+                os.environ.setdefault(name, value)  # DeepSpeed insists on them
             store = dist.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=wait)
     return World(rank=rank, local_rank=local_rank, size=size, device=device)
