@@ -87,15 +87,15 @@ class Tensor(Structure):
     ]
 
 
-def _tensors(*names: str) -> list[tuple[str, type]]:
+def _tensors(*names: str) -> list[tuple[str, Any]]:
     return [(name, Tensor) for name in names]
 
 
-def _pointers(*names: str) -> list[tuple[str, type]]:
+def _pointers(*names: str) -> list[tuple[str, Any]]:
     return [(name, c_void_p) for name in names]
 
 
-def _ints(*names: str) -> list[tuple[str, type]]:
+def _ints(*names: str) -> list[tuple[str, Any]]:
     return [(name, c_int32) for name in names]
 
 
@@ -103,7 +103,11 @@ _SHAPE = _ints(
     "batch", "seqlen_q", "seqlen_k", "total_q", "total_k", "heads_q", "heads_k",
     "head_dim_qk", "head_dim_v", "window_left", "window_right",
 )  # fmt: skip
-_WORKSPACE = [("workspace", c_void_p), ("workspace_bytes", c_int64), ("stream", c_void_p)]
+_WORKSPACE: list[tuple[str, Any]] = [
+    ("workspace", c_void_p),
+    ("workspace_bytes", c_int64),
+    ("stream", c_void_p),
+]
 
 
 class AttnFwdParams(Structure):
@@ -310,7 +314,7 @@ class Library:
 
     def workspace(self, name: str, params: Structure) -> int:
         """Bytes of workspace that ``<name>`` needs for ``params``: calls ``<name>_workspace``."""
-        size = self._entry(f"{name}_workspace", c_int64)(ctypes.byref(params))
+        size = int(self._entry(f"{name}_workspace", c_int64)(ctypes.byref(params)))
         if size < 0:
             raise Unsupported(f"{name}_workspace: {self.last_error()}")
         return size

@@ -159,6 +159,7 @@ def attention_shape(
             )
         if value < 0:  # type: ignore[operator]
             fail(name, "must be at least 0", value)
+    assert max_seqlen_q is not None and max_seqlen_k is not None
     total_q, total_k = q.shape[0], k.shape[0]
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.device, total_q, max_seqlen_q)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q.device, total_k, max_seqlen_k)

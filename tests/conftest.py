@@ -1,8 +1,8 @@
 """What a machine lacks is said, with a count; it never turns into a silent pass.
 
 Tests marked ``gpu`` need a Hopper GPU and the compiled library, ``build`` needs nvcc. Without them
-they are skipped and the summary says how many and why. ``FA3_TRAIN_REQUIRE_GPU=1`` makes the absence
-an error instead, for machines that are supposed to have both.
+they are skipped and the summary says how many and why. ``FA3_TRAIN_REQUIRE_GPU=1`` makes the
+absence an error instead, for machines that are supposed to have both.
 """
 
 from __future__ import annotations

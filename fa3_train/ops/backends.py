@@ -107,7 +107,7 @@ def _choose(
     options: tuple[str, ...],
     deterministic_algorithms: bool,
 ) -> str:
-    device = torch.device(device_type, device_index)
+    device = torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
     request = (device, dtype, d_qk, d_v, frozenset(options))
     if backend != "auto":
         problem = _PROBLEMS[backend](*request)

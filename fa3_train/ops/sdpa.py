@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def varlen(
 
 
 @functools.cache
-def _varlen_attn() -> tuple[Callable[..., Tensor], bool] | None:
+def _varlen_attn() -> tuple[Callable[..., Any], bool] | None:
     """torch's varlen attention (torch >= 2.10) and whether it knows ``enable_gqa``."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -108,7 +109,7 @@ def _varlen_attn() -> tuple[Callable[..., Tensor], bool] | None:
 
 
 @mark_constant
-def _varlen_attn_constant() -> tuple[Callable[..., Tensor], bool] | None:
+def _varlen_attn_constant() -> tuple[Callable[..., Any], bool] | None:
     return _varlen_attn()
 
 
@@ -169,12 +170,14 @@ def _by_document(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right) -> Ten
         groups.setdefault(lengths, []).append(i)
     results: list[Tensor] = [_zeros(part, v) for part in parts_q[-1:]] * len(parts_q)
     for members in groups.values():
-        if len(members) == 1:
-            i = members[0]
-            args = parts_q[i][None], parts_k[i][None], parts_v[i][None]
-        else:
-            args = tuple(torch.stack([p[i] for i in members]) for p in (parts_q, parts_k, parts_v))
-        for i, out in zip(members, dense(*args, scale, left, right).unbind(0), strict=True):
+        q_i, k_i, v_i = (
+            torch.stack([parts[i] for i in members])
+            if len(members) > 1
+            else parts[members[0]][None]
+            for parts in (parts_q, parts_k, parts_v)
+        )
+        batch = dense(q_i, k_i, v_i, scale, left, right)
+        for i, out in zip(members, batch.unbind(0), strict=True):
             results[i] = out
     return torch.cat(results)
 
@@ -202,7 +205,9 @@ def _masked_row(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, left, right) -> Tens
     # A row that sees nothing is given everything and then overwritten: no NaN in its gradient.
     mask = mask | ~alive[:, None]
     out = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
         attn_mask=mask,
         scale=scale,
         enable_gqa=_grouped(q, k),
