@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,20 @@ class TransformerLM(nn.Module):
             config.head_dim, config.max_seq_len, theta=config.rope_theta,
             scaling=config.rope_scaling,
         )
+        device = torch.get_default_device()
+        # torch's modules draw weights that init_weights would only overwrite (a minute for 8 B on
+        # a CPU): build them without memory. TransformerEngine's set themselves up on a device.
+        with torch.device("meta") if config.linear == "torch" else contextlib.nullcontext():
+            self._build(config)
+        if device.type != "meta":
+            if config.linear == "torch":
+                self.to_empty(device=device)
+            self.init_weights()
+        if config.compile_layers:
+            for layer in self.layers:
+                layer.compile()
+
+    def _build(self, config: ModelConfig) -> None:
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             TransformerLayer(
@@ -59,13 +74,17 @@ class TransformerLM(nn.Module):
         self.head = LMHead(
             config.hidden_size, config.vocab_size, chunk_tokens=config.loss_chunk_tokens
         )
-        if config.tie_embeddings:
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        if not self.embedding.weight.is_meta:
-            self.init_weights()
-        if config.compile_layers:
-            for layer in self.layers:
-                layer.compile()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TransformerLM:
+        # to_empty() and moves from the meta device make a new Parameter for each name.
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
 
     @torch.no_grad()
     def init_weights(self) -> None:
