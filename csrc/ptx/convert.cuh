@@ -74,6 +74,18 @@ FA3_DEVICE float2 unpack2<fp16>(uint32_t x) {
   return __half22float2(h);
 }
 
+// 1.0 twice, as one packed register.
+template <class Elem>
+FA3_DEVICE constexpr uint32_t packed_ones();
+template <>
+FA3_DEVICE constexpr uint32_t packed_ones<bf16>() {
+  return 0x3F803F80u;
+}
+template <>
+FA3_DEVICE constexpr uint32_t packed_ones<fp16>() {
+  return 0x3C003C00u;
+}
+
 // prmt.b32: bytes of {hi, lo} picked by the nibbles of `selector`.
 FA3_DEVICE uint32_t prmt(uint32_t lo, uint32_t hi, uint32_t selector) {
   uint32_t d;

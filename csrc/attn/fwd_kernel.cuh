@@ -1,0 +1,561 @@
+// Attention forward for Hopper: O = softmax(scale Q K^T) V and its log-sum-exp, bf16 or fp16.
+//
+//   q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) -> out (B, Sq, H, Dv), lse (B, H, Sq); or varlen.
+//
+// FlashAttention-3 (arXiv 2407.08608), algorithms 1 and 2. A thread block works off query tiles of 128 or 192 rows:
+//   warp 0 of warpgroup 0  producer: K, Q, V tiles by TMA into two-stage rings
+//   warp 1 of warpgroup 0  scheduler: draws the next tile and publishes it
+//   warpgroups 1 ..        consumers: 64 query rows each, every one at its own pace within the rings
+// Key blocks run from right to left. In the steady state a consumer queues S(n) = Q K(n) and, right behind it,
+// O += P(n+1) V(n+1), and computes the softmax of S(n) while that second product runs; the other warpgroup's
+// products fill the tensor cores through the rest of the softmax (turns by named barriers).
+// docs/forward.md derives the choices and gives what each of them brings.
+#pragma once
+#include "attn/fwd_traits.cuh"
+#include "attn/fwd_varlen.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/tma.cuh"
+#include "tile/pipeline.cuh"
+#include "tile/scheduler.cuh"
+
+namespace fa3 {
+
+// Hardware barriers by number. kTurn + w: warpgroup w waits, the one before it arrives (256 threads). kStore + w: the
+// 128 threads of warpgroup w among themselves. 0 is __syncthreads.
+enum NamedBarrier : int { kTurn = 1, kStore = 4 };
+
+// ---- tiles -----------------------------------------------------------------------------------
+template <class T>
+FA3_DEVICE void write_tile(uint32_t addr, const typename T::Tile& t) {
+  sts128(addr, make_uint4(t.m, t.head, t.batch, t.seqlen_q));
+  sts128(addr + 16, make_uint4(t.seqlen_k, t.start_q, t.start_k, 0));
+  sts128(addr + 32, make_uint4(t.blocks.begin, t.blocks.end, 0, 0));
+}
+template <class T>
+FA3_DEVICE typename T::Tile read_tile(uint32_t addr) {
+  const uint4 a = lds128(addr), b = lds128(addr + 16), c = lds128(addr + 32);
+  return {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), 0, {int(c.x), int(c.y)}, {0, 0}};
+}
+template <class T>
+FA3_DEVICE MaskBounds mask_bounds(const FwdParams& p, const typename T::Tile& t) {
+  return {t.seqlen_q, t.seqlen_k, p.window_left, p.window_right};
+}
+
+// ---- scheduler warp --------------------------------------------------------------------------
+template <class T>
+FA3_DEVICE typename T::Tile locate_tile(const FwdParams& p, int index, int lane) {
+  typename T::Tile t{-1, 0, 0, p.seqlen_q, p.seqlen_k, 0, 0, 0, {0, 0}, {0, 0}};
+  if (p.cu_seqlens_q == nullptr) {
+    if (index >= p.num_tiles) return t;
+    const TilePosition at = longest_first(index, p.tiles_per_head, p.heads_q * p.batch, p.section);
+    t.m = at.m;
+    t.batch = at.head / p.heads_q;
+    t.head = at.head - t.batch * p.heads_q;
+    return t;
+  }
+  const VarlenOrder order{p.varlen_order, p.batch};
+  if (index >= order.num_tiles()) return t;
+  const int rank = order.rank_of(index, lane);
+  t.batch = order.sequence(rank);
+  t.start_q = p.cu_seqlens_q[t.batch];
+  t.start_k = p.cu_seqlens_k[t.batch];
+  t.seqlen_q = p.cu_seqlens_q[t.batch + 1] - t.start_q;
+  t.seqlen_k = p.cu_seqlens_k[t.batch + 1] - t.start_k;
+  const int section = heads_per_section(int64_t(t.seqlen_k) * (T::kDimQK + T::kDimV) * 2, p.group, p.l2_bytes);
+  const TilePosition at =
+      longest_first(index - order.first_tile(rank), ceil_div(t.seqlen_q, T::BLOCK_M), p.heads_q, section);
+  t.m = at.m;
+  t.head = at.head;
+  return t;
+}
+
+template <class T>
+FA3_DEVICE void schedule(const FwdParams& p, typename T::Shared& shared, int lane) {
+  Ring<T::kTileRing> ring;
+  uint32_t draw_phase = 0;
+  for (int round = 0;; ++round) {
+    int index = blockIdx.x;
+    if (p.tile_counter == nullptr) {
+      index = snake(round, blockIdx.x, gridDim.x);
+    } else if (round > 0) {
+      if (lane == 0) index = atomicAdd(p.tile_counter, 1) + gridDim.x;
+      index = __shfl_sync(kFullWarp, index, 0);
+    }
+    typename T::Tile t = locate_tile<T>(p, index, lane);
+    t.blocks = visited_blocks<T::kMask>(mask_bounds<T>(p, t), t.m * T::BLOCK_M, T::BLOCK_M, T::BLOCK_N);
+    mbar_wait(smem_addr(&shared.tile_empty[ring.stage]), ring.phase ^ 1);
+    if (lane == 0) {
+      write_tile<T>(smem_addr(&shared.tiles[ring.stage]), t);
+      mbar_arrive(smem_addr(&shared.tile_full[ring.stage]));
+    }
+    if (t.m < 0) return;
+    ring.advance();
+    // Not earlier: a block that still has a long tile before it must not hold back the next one.
+    mbar_wait(smem_addr(&shared.draw), draw_phase);
+    draw_phase ^= 1;
+  }
+}
+
+// ---- producer thread -------------------------------------------------------------------------
+// A tile of rows x kSlabs * 64 columns: one copy per 128-byte slab.
+template <int kSlabs>
+FA3_DEVICE void load_slabs(uint32_t dst, int slab_bytes, const CUtensorMap* map, uint32_t bar, uint64_t policy,
+                           int row, int head, int batch) {
+#pragma unroll
+  for (int s = 0; s < kSlabs; ++s) tma_load_4d(dst + s * slab_bytes, map, bar, policy, 64 * s, row, head, batch);
+}
+
+template <class T>
+FA3_DEVICE void produce(const FwdParams& p, typename T::Shared& shared) {
+  Ring<T::kStages> k;  // V has as many stages and runs one block behind
+  Ring<1> q;
+  Ring<T::kTileRing> ring;
+  const auto load_k = [&](const Ring<T::kStages>& at, int row, int head, int batch) {
+    const uint32_t full = smem_addr(&shared.k_full[at.stage]);
+    mbar_wait(smem_addr(&shared.k_empty[at.stage]), at.phase ^ 1);
+    mbar_arrive_expect_tx(full, T::kKBytes);
+    load_slabs<T::kSlabsQK>(smem_addr(shared.k[at.stage]), T::BLOCK_N * 128, &p.k, full, kL2EvictLast, row, head,
+                            batch);
+  };
+  const auto load_v = [&](const Ring<T::kStages>& at, int row, int head, int batch) {
+    const uint32_t full = smem_addr(&shared.v_full[at.stage]);
+    mbar_wait(smem_addr(&shared.v_empty[at.stage]), at.phase ^ 1);
+    mbar_arrive_expect_tx(full, T::kVBytes);
+    load_slabs<T::kSlabsV>(smem_addr(shared.v[at.stage]), T::BLOCK_N * 128, &p.v, full, kL2EvictLast, row, head,
+                           batch);
+  };
+  for (;;) {
+    mbar_wait(smem_addr(&shared.tile_full[ring.stage]), ring.phase);
+    const typename T::Tile t = read_tile<T>(smem_addr(&shared.tiles[ring.stage]));
+    mbar_arrive(smem_addr(&shared.tile_empty[ring.stage]));
+    ring.advance();
+    if (t.m < 0) return;
+    const int batch = p.cu_seqlens_q == nullptr ? t.batch : 0;
+    if (!t.blocks.empty()) {
+      load_k(k, t.start_k + (t.blocks.end - 1) * T::BLOCK_N, t.head / p.group, batch);
+#pragma unroll 1  // registers: the producer has 24
+      for (int w = 0; w < T::kConsumers; ++w) {
+        const uint32_t full = smem_addr(&shared.q_full[w]);
+        mbar_wait(smem_addr(&shared.q_empty[w]), q.phase ^ 1);
+        mbar_arrive_expect_tx(full, T::kQBytes);
+        load_slabs<T::kSlabsQK>(smem_addr(shared.q[w]), kWarpgroupRows * 128, &p.q, full, kL2EvictFirst,
+                                t.start_q + t.m * T::BLOCK_M + w * kWarpgroupRows, t.head, batch);
+      }
+      q.advance();
+    }
+    const int kv_head = t.head / p.group;
+    int row = t.start_k + (t.blocks.end - 1) * T::BLOCK_N;  // of the block whose K is loaded and whose V is not
+    for (int left = t.blocks.end - t.blocks.begin - 1; left > 0; --left) {
+      const Ring<T::kStages> v = k;
+      k.advance();
+      load_k(k, row - T::BLOCK_N, kv_head, batch);
+      load_v(v, row, kv_head, batch);
+      row -= T::BLOCK_N;
+    }
+    mbar_arrive(smem_addr(&shared.draw));  // before the last copy, which waits for a free stage: hides the draw
+    if (!t.blocks.empty()) {
+      load_v(k, row, kv_head, batch);
+      k.advance();
+    }
+  }
+}
+
+// ---- consumer warpgroups ---------------------------------------------------------------------
+template <class T>
+struct Consumer {
+  using Elem = typename T::Elem;
+  static constexpr int kDescriptorRow = 128;  // bytes of a slab row
+  const FwdParams& p;
+  typename T::Shared& shared;
+  const int wg, tid, warp, lane;
+
+  typename T::Tile t;
+  float o[T::kDimV / 2], s[T::BLOCK_N / 2];
+  uint32_t probs[T::BLOCK_N / 4];  // P, packed as the A operand of P V
+  float reference[2];              // what exponents are relative to, log2 units; -inf: no key so far
+  float alpha[2];                  // rescale of O and of the sums after the last move of the reference
+  RowSums<T::kRowSum> sums;
+  Ring<T::kStages> k, v;
+  Ring<1> q;
+  Ring<T::kTileRing> ring;
+
+  FA3_DEVICE Consumer(const FwdParams& params, typename T::Shared& sh, int warpgroup)
+      : p(params), shared(sh), wg(warpgroup), tid(threadIdx.x % kWarpgroupThreads), warp(tid / 32), lane(tid % 32) {}
+
+  // ---- barriers ----
+  FA3_DEVICE void arrive(uint64_t& bar) {  // one arrival per warp
+    if (lane == 0) mbar_arrive(smem_addr(&bar));
+  }
+  FA3_DEVICE void wait_q() { mbar_wait(smem_addr(&shared.q_full[wg]), q.phase); }
+  FA3_DEVICE void wait_k() { mbar_wait(smem_addr(&shared.k_full[k.stage]), k.phase); }
+  FA3_DEVICE void wait_v() { mbar_wait(smem_addr(&shared.v_full[v.stage]), v.phase); }
+  FA3_DEVICE void release_q() { arrive(shared.q_empty[wg]), q.advance(); }
+  FA3_DEVICE void release_k() { arrive(shared.k_empty[k.stage]), k.advance(); }
+  FA3_DEVICE void release_v() { arrive(shared.v_empty[v.stage]), v.advance(); }
+  FA3_DEVICE void wait_turn() {
+    if constexpr (T::kPingPong) named_sync(kTurn + wg, 2 * kWarpgroupThreads);
+  }
+  FA3_DEVICE void pass_turn() {
+    if constexpr (T::kPingPong) named_arrive(kTurn + (wg + 1 == T::kConsumers ? 0 : wg + 1), 2 * kWarpgroupThreads);
+  }
+  FA3_DEVICE bool next_tile() {
+    mbar_wait(smem_addr(&shared.tile_full[ring.stage]), ring.phase);
+    t = read_tile<T>(smem_addr(&shared.tiles[ring.stage]));
+    t = {uniform(t.m), uniform(t.head), uniform(t.batch), uniform(t.seqlen_q), uniform(t.seqlen_k),
+         uniform(t.start_q), uniform(t.start_k), 0, {uniform(t.blocks.begin), uniform(t.blocks.end)}, {0, 0}};
+    arrive(shared.tile_empty[ring.stage]);
+    ring.advance();
+    return t.m >= 0;
+  }
+  FA3_DEVICE int first_row() const { return t.m * T::BLOCK_M + wg * kWarpgroupRows; }
+  FA3_DEVICE int row(int i) const { return first_row() + acc_row(tid, 2 * i); }
+
+  // ---- matrix products, asynchronous ----
+  FA3_DEVICE void issue_qk() {
+    const uint64_t qd = descriptor_at(descriptor_form<128>(16), smem_addr(shared.q[wg]));
+    const uint64_t kd = descriptor_at(descriptor_form<128>(16), smem_addr(shared.k[0]) + k.stage * T::kKBytes);
+#pragma unroll
+    for (int i = 0; i < T::kDimQK / 16; ++i) {
+      const uint64_t a = descriptor_step(qd, (i / 4) * kWarpgroupRows * kDescriptorRow + (i % 4) * 32);
+      const uint64_t b = descriptor_step(kd, (i / 4) * T::BLOCK_N * kDescriptorRow + (i % 4) * 32);
+      if (i == 0)
+        Wgmma<Elem, T::BLOCK_N>::template ss_zero<0, 0>(s, a, b);
+      else
+        Wgmma<Elem, T::BLOCK_N>::template ss<0, 0>(s, a, b);
+    }
+    wgmma_commit();
+  }
+  FA3_DEVICE void issue_pv() {
+    const uint64_t vd = descriptor_at(descriptor_form<128>(T::BLOCK_N * kDescriptorRow),
+                                      smem_addr(shared.v[0]) + v.stage * T::kVBytes);
+#pragma unroll
+    for (int j = 0; j < T::BLOCK_N / 16; ++j)
+      Wgmma<Elem, T::kDimV>::template rs<1>(o, probs[4 * j], probs[4 * j + 1], probs[4 * j + 2], probs[4 * j + 3],
+                                            descriptor_step(vd, j * 16 * kDescriptorRow));
+    wgmma_commit();
+  }
+
+  // ---- softmax ----
+  FA3_DEVICE void cap_scores() {
+    if constexpr (T::kSoftcap) {
+#pragma unroll
+      for (int r = 0; r < T::BLOCK_N / 2; ++r) s[r] = tanh_approx(s[r] * p.softcap_scale);
+    }
+  }
+  FA3_DEVICE void mask_block(int n) {
+    const MaskBounds bounds = mask_bounds<T>(p, t);
+    const int origin = n * T::BLOCK_N + acc_col(tid, 0);
+    int begin[2], end[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      begin[i] = bounds.template begin_of_row<T::kMask>(row(i)) - origin;
+      end[i] = bounds.template end_of_row<T::kMask>(row(i)) - origin;
+    }
+    mask_scores<T::kMask == Mask::Window>(s, begin, end);
+  }
+  // Reference from the true maxima of the raw scores, then scores -> exponents. kFirst: nothing was summed before.
+  // Returns whether O has to be rescaled by alpha.
+  template <bool kFirst, bool kMasked>
+  FA3_DEVICE bool follow_maximum() {
+    const float c = p.exponent_scale;
+    const float top[2] = {row_max<0>(s) * c, row_max<1>(s) * c};
+    bool move = true;
+    if constexpr (!kFirst && T::kSlack >= 0)
+      move = __any_sync(kFullWarp, top[0] > reference[0] + T::kSlack || top[1] > reference[1] + T::kSlack);
+    float zero[2];
+    if (move) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float before = reference[i], now = quad_max(top[i]);
+        reference[i] = kFirst ? now : fmaxf(before, now);
+        // A row without keys so far: exponents are -inf whatever they are relative to, but -inf + inf is not.
+        zero[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
+        if constexpr (!kFirst) alpha[i] = exp2_approx(before - zero[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) zero[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
+    }
+    row_exponents<0>(s, c, zero[0]);
+    row_exponents<1>(s, c, zero[1]);
+    return !kFirst && move;
+  }
+  // Scores -> exponents of row I; moves the reference only where an exponent exceeds the slack. Every row of this
+  // warp has seen a key (see run_tile).
+  template <int I>
+  FA3_DEVICE bool trail_maximum() {
+    row_exponents<I>(s, p.exponent_scale, reference[I]);
+    const float top = row_max_if_positive<I>(s);
+    if (!__any_sync(kFullWarp, top > T::kSlack)) return false;
+    const float now = reference[I] + fmaxf(quad_max(top), 0.f);
+    const float shift = now - reference[I];
+    reference[I] = now;
+    alpha[I] = exp2_approx(-shift);
+    row_shift<I>(s, shift);
+    return true;
+  }
+
+  // ---- one key block ----
+  // The tail of a sequence's last V tile holds rows of the next sequence, or memory nobody initialised. Their P is 0,
+  // but 0 * NaN is NaN. Each warpgroup writes the zeros it needs; two writing the same ones do no harm.
+  FA3_DEVICE void clear_v_tail(int n) {
+    const int valid = t.seqlen_k - n * T::BLOCK_N;
+    if (p.cu_seqlens_k == nullptr || valid >= T::BLOCK_N) return;
+    wait_v();
+    const uint32_t base = smem_addr(shared.v[0]) + v.stage * T::kVBytes;
+    for (int chunk = valid * 8 + tid; chunk < T::BLOCK_N * 8; chunk += kWarpgroupThreads)
+#pragma unroll
+      for (int slab = 0; slab < T::kSlabsV; ++slab)
+        sts128(base + slab * T::BLOCK_N * kDescriptorRow + chunk * 16, make_uint4(0, 0, 0, 0));
+    fence_proxy_async_shared();
+    named_sync(kStore + wg, kWarpgroupThreads);
+  }
+  // S of the tile's first block, alone; P and the sums from it.
+  FA3_DEVICE void first_block(int n, bool masked, bool last) {
+    wait_q();
+    wait_k();
+    wgmma_fence();
+    issue_qk();
+    wgmma_wait<0>();
+    pin(s);
+    release_k();
+    if (last) release_q();
+    cap_scores();
+    if (masked) mask_block(n);
+    follow_maximum<true, true>();
+    row_exp2<0>(s);
+    row_exp2<1>(s);
+    row_pack<Elem, 0>(s, probs);
+    row_pack<Elem, 1>(s, probs);
+    sums.clear();
+    sums.template add<Elem>(s, probs);
+#pragma unroll
+    for (int i = 0; i < T::kDimV / 2; ++i) o[i] = 0.f;
+    clear_v_tail(n);
+  }
+  // S(n) with P V of the block before it queued behind. That product is over by the time the exponentials of row 0
+  // are out; rescaling, packing and sums then fill the gaps between those of row 1.
+  template <bool kMasked>
+  FA3_DEVICE void next_block(int n, bool last) {
+    wait_k();
+    wait_turn();
+    pin(o), pin(probs);
+    wgmma_fence();
+    issue_qk();
+    wait_v();
+    wgmma_fence();  // the loop in wait_v ends what the first fence covers
+    issue_pv();
+    pass_turn();
+    wgmma_wait<1>();
+    pin(s);
+    release_k();
+    if (last) release_q();
+    cap_scores();
+    bool moved = false;
+    alpha[0] = alpha[1] = 1.f;
+    if constexpr (kMasked || T::kSlack < 0) {
+      if constexpr (kMasked) mask_block(n);
+      moved = follow_maximum<false, kMasked>();
+      row_exp2<0>(s);
+      pin(s);
+      wait_v();  // passes at once, but is a branch: ptxas would hoist the wgmma wait to the top of the softmax
+    } else {
+      moved = trail_maximum<0>();
+      row_exp2<0>(s);
+      moved |= trail_maximum<1>();
+    }
+    wgmma_wait<0>();
+    pin(o), pin(probs), pin(s);
+    release_v();
+    if (moved) {
+      sums.scale(alpha);
+#pragma unroll
+      for (int i = 0; i < T::kDimV / 2; ++i) o[i] *= alpha[(i >> 1) & 1];
+    }
+    row_exp2<1>(s);
+    row_pack<Elem, 0>(s, probs);
+    row_pack<Elem, 1>(s, probs);
+    sums.template add<Elem>(s, probs);
+  }
+  FA3_DEVICE void last_product() {
+    wait_v();
+    pin(o), pin(probs);
+    wgmma_fence();
+    issue_pv();
+    wgmma_wait<0>();
+    pin(o), pin(probs);
+    release_v();
+  }
+
+  // ---- one tile ----
+  FA3_DEVICE void run_tile() {
+    const MaskBounds bounds = mask_bounds<T>(p, t);
+    if (t.blocks.empty())
+      no_keys();
+    else
+      run_blocks(t.blocks, unmasked_blocks<T::kMask>(bounds, first_row(), kWarpgroupRows, T::BLOCK_N));
+    finish();
+  }
+  FA3_DEVICE void run_blocks(const BlockRange& visited, const BlockRange& unmasked) {
+    int n = visited.end - 1;
+    first_block(n, n >= unmasked.end || n < unmasked.begin, n == visited.begin);
+    --n;
+    for (; n >= max(unmasked.end, visited.begin); --n) next_block<true>(n, n == visited.begin);
+    // trail_maximum needs a finite reference: a row that met its first key nowhere yet does so in the next block.
+    if (n >= visited.begin && __any_sync(kFullWarp, reference[0] == -INFINITY || reference[1] == -INFINITY)) {
+      next_block<true>(n, n == visited.begin);
+      --n;
+    }
+    for (; n >= max(unmasked.begin, visited.begin); --n) next_block<false>(n, n == visited.begin);
+    if constexpr (T::kMask == Mask::Window)
+      for (; n >= visited.begin; --n) next_block<true>(n, n == visited.begin);
+    last_product();
+  }
+
+  // ---- epilogue ----
+  FA3_DEVICE void no_keys() {
+    sums.clear();
+#pragma unroll
+    for (int i = 0; i < T::kDimV / 2; ++i) o[i] = 0.f;
+    reference[0] = reference[1] = -INFINITY;
+  }
+  // O / sum and the log-sum-exp. The sink is one more logit in the denominator, without a value.
+  FA3_DEVICE void finish() {
+    constexpr float kLn2 = 0.6931471805599453f, kLog2e = 1.4426950408889634f;
+    float inverse[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float sum = sums.total(i), top = reference[i], factor = 1.f;
+      if (p.sink != nullptr) {
+        const float sink = p.sink[t.head] * kLog2e, higher = fmaxf(top, sink);
+        if (higher != -INFINITY) {
+          factor = exp2_approx(top - higher);
+          sum = sum * factor + exp2_approx(sink - higher);
+          top = higher;
+        }
+      }
+      inverse[i] = sum > 0.f || sum != sum ? factor / sum : 0.f;
+      if (lane % 4 == 0 && row(i) < t.seqlen_q) {
+        const int64_t at = p.cu_seqlens_q == nullptr
+                               ? (int64_t(t.batch) * p.heads_q + t.head) * t.seqlen_q + row(i)
+                               : int64_t(t.head) * p.total_q + t.start_q + row(i);
+        p.lse[at] = sum == 0.f ? -INFINITY : fmaf(top, kLn2, __logf(sum));
+      }
+    }
+    if (first_row() >= t.seqlen_q) return;
+    // A box that is stored must end with the tensor (then TMA clips it) or lie inside the sequence.
+    if (T::kStageO && (p.cu_seqlens_q == nullptr || first_row() + kWarpgroupRows <= t.seqlen_q))
+      store_by_tma(inverse);
+    else
+      store_directly(inverse);
+  }
+  // Through this warpgroup's own buffer: no barrier with the others, and the next tile starts meanwhile.
+  FA3_DEVICE void store_by_tma(const float (&inverse)[2]) {
+    const uint32_t buffer = smem_addr(shared.o[0]) + wg * T::kOBytes;
+    if (tid == 0) bulk_wait_read<0>();  // the store before this one has left the buffer
+    named_sync(kStore + wg, kWarpgroupThreads);
+    const int r = stmatrix_row(tid);
+#pragma unroll
+    for (int j = 0; j < T::kDimV / 16; ++j)
+      stmatrix_x4(buffer + tile_offset<128, 2>(kWarpgroupRows, r, 8 * stmatrix_chunk(tid, j)),
+                  pack2<Elem>(o[8 * j] * inverse[0], o[8 * j + 1] * inverse[0]),
+                  pack2<Elem>(o[8 * j + 2] * inverse[1], o[8 * j + 3] * inverse[1]),
+                  pack2<Elem>(o[8 * j + 4] * inverse[0], o[8 * j + 5] * inverse[0]),
+                  pack2<Elem>(o[8 * j + 6] * inverse[1], o[8 * j + 7] * inverse[1]));
+    fence_proxy_async_shared();
+    named_sync(kStore + wg, kWarpgroupThreads);
+    if (tid == 0) {
+      const int batch = p.cu_seqlens_q == nullptr ? t.batch : 0;
+#pragma unroll
+      for (int slab = 0; slab < T::kSlabsV; ++slab)
+        if (slab * T::kSlab < p.dim_v)
+          tma_store_4d(&p.out, buffer + slab * kWarpgroupRows * kDescriptorRow, slab * T::kSlab,
+                       t.start_q + first_row(), t.head, batch);
+      bulk_commit();
+    }
+  }
+  // From registers, row by row. The four lanes of a row hold two columns of every eight; a 4 x 4 transpose of packed
+  // pairs among them makes that eight neighbouring columns per lane, one 16-byte store.
+  FA3_DEVICE void store_directly(const float (&inverse)[2]) {
+    const int quad = lane % 4;
+    const int batch = p.cu_seqlens_q == nullptr ? t.batch : 0;
+    Elem* out = static_cast<Elem*>(p.out_ptr) + batch * p.out_stride_batch + t.head * p.out_stride_head;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      Elem* out_row = out + int64_t(t.start_q + row(i)) * p.out_stride_token;
+#pragma unroll
+      for (int g = 0; g < T::kDimV / 32; ++g) {
+        uint32_t w[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          w[e] = pack2<Elem>(o[16 * g + 4 * e + 2 * i] * inverse[i], o[16 * g + 4 * e + 2 * i + 1] * inverse[i]);
+#pragma unroll
+        for (int bit = 1; bit <= 2; bit *= 2) {  // swap the off-diagonal halves across lanes that differ in this bit
+          const bool upper = quad & bit;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            if (e & bit) continue;
+            const uint32_t received = __shfl_xor_sync(kFullWarp, upper ? w[e] : w[e | bit], bit);
+            w[e] = upper ? received : w[e];
+            w[e | bit] = upper ? w[e | bit] : received;
+          }
+        }
+        const int col = 32 * g + 8 * quad;
+        if (row(i) < t.seqlen_q && col < p.dim_v)
+          *reinterpret_cast<uint4*>(out_row + col) = make_uint4(w[0], w[1], w[2], w[3]);
+      }
+    }
+  }
+
+  FA3_DEVICE void run() {
+    if (T::kPingPong && wg == T::kConsumers - 1) named_arrive(kTurn, 2 * kWarpgroupThreads);  // first turn: wg 0
+    while (next_tile()) run_tile();
+    if (T::kStageO && tid == 0) bulk_wait<0>();
+  }
+};
+
+// ---- kernel ----------------------------------------------------------------------------------
+template <class T>
+__global__ void __launch_bounds__(T::kThreads, 1) attn_fwd_kernel(const __grid_constant__ FwdParams p) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<typename T::Shared*>(shared_bytes);
+  if (threadIdx.x == 0) {
+    constexpr int kReaders = T::kConsumers * kWarpgroupWarps;
+    for (int i = 0; i < T::kConsumers; ++i) {
+      mbar_init(smem_addr(&shared.q_full[i]), 1);
+      mbar_init(smem_addr(&shared.q_empty[i]), kWarpgroupWarps);
+    }
+    for (int i = 0; i < T::kStages; ++i) {
+      mbar_init(smem_addr(&shared.k_full[i]), 1);
+      mbar_init(smem_addr(&shared.k_empty[i]), kReaders);
+      mbar_init(smem_addr(&shared.v_full[i]), 1);
+      mbar_init(smem_addr(&shared.v_empty[i]), kReaders);
+    }
+    for (int i = 0; i < T::kTileRing; ++i) {
+      mbar_init(smem_addr(&shared.tile_full[i]), 1);
+      mbar_init(smem_addr(&shared.tile_empty[i]), kReaders + 1);  // and the producer
+    }
+    mbar_init(smem_addr(&shared.draw), 1);
+    mbar_init_fence();
+    tma_prefetch_map(&p.q);
+    tma_prefetch_map(&p.k);
+    tma_prefetch_map(&p.v);
+  }
+  __syncthreads();
+  const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
+  if (warpgroup == 0) {
+    if constexpr (T::kReallocate) registers_release<T::kProducerRegisters>();
+    const int warp = uniform(threadIdx.x / 32);
+    if (warp == 0) {
+      if (elect_one()) produce<T>(p, shared);
+    } else if (warp == 1) {
+      schedule<T>(p, shared, threadIdx.x % 32);
+    }
+  } else {
+    if constexpr (T::kReallocate) registers_claim<T::kConsumerRegisters>();
+    Consumer<T>(p, shared, warpgroup - 1).run();
+  }
+}
+
+}  // namespace fa3
