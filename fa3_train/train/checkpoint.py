@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from fa3_train.train import checkpoint_files as files
 from fa3_train.train.checkpoint_files import CheckpointError, Manifest
@@ -185,7 +186,7 @@ class Checkpointer:
         result, failure = None, None
         try:
             result = action()
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+        except (Exception, CheckpointException) as error:  # the other ranks must hear of any
             failure = f"rank {self.world.rank}: {_reason(error)}"
             log.debug("checkpoint: %s failed", what, exc_info=True)
         outcomes = self.world.gather((result, failure))
@@ -260,7 +261,7 @@ class Checkpointer:
         self._check_fits(path, manifest)
         try:
             self.engine.load(path / "state")
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise CheckpointError(f"{path}: cannot be loaded: {_reason(error)}") from error
         if manifest.world_size == self.world.size:
             rank_file = path / f"rank_{self.world.rank:05d}.pt"

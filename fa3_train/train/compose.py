@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from fa3_train.train.config import (
     ConfigError,
@@ -70,7 +71,10 @@ def recipe_dirs() -> list[Path]:
 
 
 def recipes() -> dict[str, Recipe]:
-    """All recipes by name; a user's recipe hides a shipped one of the same name."""
+    """All recipes by name; a user's recipe hides a shipped one of the same name.
+
+    Only the description is read here, so that a broken file spoils nothing but itself.
+    """
     found: dict[str, Recipe] = {}
     shipped = _shipped("recipes")
     for folder in recipe_dirs():
@@ -165,7 +169,7 @@ def _compose(name: str, choices: list[str]) -> dict[str, Any]:
                 config_name=name,
                 overrides=[f"hydra.searchpath=[{quoted}]", "hydra.job.chdir=false", *choices],
             )
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         text = "; ".join(line.strip() for line in str(error).splitlines()[:2] if line.strip())
         raise ConfigError(f"recipe {known[name].path}: {text}") from None
     values: Any = OmegaConf.to_container(composed)

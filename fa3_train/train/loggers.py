@@ -182,8 +182,9 @@ def header(config: TrainConfig, info: Record, start_step: int) -> list[str]:
     lines = [
         f"{config.run_name()}: {config.description}" if config.description else config.run_name(),
         f"{info.get('parameters', 0):,} parameters, {gpus} x {info.get('gpu', '?')}, "
-        f"engine {config.engine.name}, attention {config.attention.backend}"
-        f"/{config.attention.precision}, linear {config.linear}",
+        f"engine {config.engine.name}, attention "
+        f"{info.get('attention_backend', config.attention.backend)}, "
+        f"{config.attention.precision}, linear {config.linear}",
         f"{config.tokens_per_step():,} tokens a step ({config.data.micro_batch} x "
         f"{config.data.seq_len} x {gpus} x {config.grad_accum(gpus)} accumulation), "
         f"{config.run.steps} steps",

@@ -210,8 +210,10 @@ class Trainer:
     # -- between steps ---------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Mean loss over the first `run.eval_batches` validation batches of every rank."""
-        loader, count = self.data.val, self.config.run.eval_batches
+        """Mean loss over the first `run.eval_batches` validation batches, shared out to the ranks
+        (rounded up), so that the number means the same on another number of ranks."""
+        loader = self.data.val
+        count = -(-self.config.run.eval_batches // self.world.size)
         if loader is None or count == 0:
             return
         loader.seek(0)

@@ -196,6 +196,7 @@ class StepMeter:
             "peak_fp8_flops": peak.fp8 if peak else None,
             "peak_source": peak.source if peak else "peak not known: MFU is n/a",
             "formulas": FORMULAS,
+            "attention_backend": self._attention_backend(),
             "parameters": self.model_config.num_parameters(),
             "matmul_parameters_N": self.model_config.matmul_parameters(),
             "tokens_per_step": self.config.tokens_per_step(),
@@ -203,6 +204,29 @@ class StepMeter:
             "cuda": torch.version.cuda,
             "fa3_train": _version("fa3_train"),
         }
+
+    def _attention_backend(self) -> str:
+        """What attention.backend=auto comes to for this model here."""
+        from fa3_train.ops.attention import resolve_backend
+
+        model = self.model_config
+        if model.attention_precision == "fp8":
+            return model.attention_backend
+        options = ["varlen", "grad"]
+        if model.num_heads != model.num_kv_heads:
+            options.append("grouped")
+        if model.window_size is not None:
+            options.append("window_size")
+        if model.softcap:
+            options.append("softcap")
+        bf16 = self.config.precision.compute == "bf16"
+        return resolve_backend(
+            model.attention_backend,
+            self.device,
+            torch.bfloat16 if bf16 else torch.float32,
+            model.head_dim,
+            options=tuple(options),
+        )
 
     def _record(
         self, step: _Step, loss: float, norm: float, tokens: float, sum_sq: float, memory: float
