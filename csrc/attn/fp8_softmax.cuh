@@ -1,0 +1,102 @@
+// Softmax of one block of scores in registers: masks, row maximum, exponentials, sums, conversion to e4m3.
+//
+// A thread has 2 rows (i = 0, 1) of the 64 x kBlockN scores, in kParts pieces: register 4n + 2i + e of piece h is row
+// lane / 4 + 8i, column h * 2N + 8n + 2 (lane % 4) + e (tile/layout.cuh).
+#pragma once
+#include <cmath>
+
+#include "ptx/convert.cuh"
+#include "tile/fp8_order.cuh"
+
+namespace fa3 {
+
+// Scores outside columns [low[i], high[i]) become -inf. Limits relative to the first column of this thread in the piece.
+template <int N>
+FA3_DEVICE void mask_scores(float (&s)[N], const int (&low)[2], const int (&high)[2]) {
+#pragma unroll
+  for (int r = 0; r < N; ++r) {
+    const int column = 8 * (r >> 2) + (r & 1), i = (r >> 1) & 1;
+    if (column < low[i] || column >= high[i]) s[r] = -INFINITY;
+  }
+}
+
+FA3_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+FA3_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// max(seed, the thread's scores of row kRow); a NaN score is passed over here and surfaces in the row sum.
+template <int kRow, int N>
+FA3_DEVICE float row_max(const float (&s)[N], float seed) {
+  float a = fmaxf(seed, s[2 * kRow]), b = s[2 * kRow + 1];
+#pragma unroll
+  for (int n = 1; n < N / 4; ++n) {
+    a = fmaxf(a, s[4 * n + 2 * kRow]);
+    b = fmaxf(b, s[4 * n + 2 * kRow + 1]);
+  }
+  return fmaxf(a, b);
+}
+
+// The same with 3-input integer maxima, half the instructions. Floats order like signed integers unless both are
+// negative: the result is right if it is >= 0, and some negative score if none is >= 0 (then: row_max_negative).
+template <int kRow, int N>
+FA3_DEVICE int row_max_signed(const float (&s)[N], int seed) {
+  int a = max(seed, __float_as_int(s[2 * kRow])), b = __float_as_int(s[2 * kRow + 1]);
+#pragma unroll
+  for (int n = 1; n + 1 < N / 4; n += 2) {
+    a = __vimax3_s32(a, __float_as_int(s[4 * n + 2 * kRow]), __float_as_int(s[4 * n + 4 + 2 * kRow]));
+    b = __vimax3_s32(b, __float_as_int(s[4 * n + 2 * kRow + 1]), __float_as_int(s[4 * n + 5 + 2 * kRow]));
+  }
+  static_assert(N / 4 % 2 == 0, "one column pair is left over");
+  a = __vimax3_s32(a, __float_as_int(s[N - 4 + 2 * kRow]), __float_as_int(s[N - 3 + 2 * kRow]));
+  return max(a, b);
+}
+// Among scores that are all negative the largest has the smallest bit pattern.
+template <int kRow, int N>
+FA3_DEVICE uint32_t row_max_negative(const float (&s)[N], uint32_t seed) {
+  uint32_t a = min(seed, __float_as_uint(s[2 * kRow])), b = __float_as_uint(s[2 * kRow + 1]);
+#pragma unroll
+  for (int n = 1; n < N / 4; ++n)
+    a = __vimin3_u32(a, __float_as_uint(s[4 * n + 2 * kRow]), __float_as_uint(s[4 * n + 1 + 2 * kRow]));
+  return min(a, b);
+}
+
+// s = 2^(s * scale - shift)
+template <int kRow, int N>
+FA3_DEVICE void row_exp2(float (&s)[N], float scale, float shift) {
+#pragma unroll
+  for (int n = 0; n < N / 4; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float& x = s[4 * n + 2 * kRow + e];
+      x = exp2_approx(fmaf(x, scale, -shift));
+    }
+}
+
+template <int kRow, int N>
+FA3_DEVICE float row_sum(const float (&s)[N]) {
+  float a = s[2 * kRow], b = s[2 * kRow + 1];
+#pragma unroll
+  for (int n = 1; n < N / 4; ++n) {
+    a += s[4 * n + 2 * kRow];
+    b += s[4 * n + 2 * kRow + 1];
+  }
+  return a + b;
+}
+
+// The A operand of P V: of the four words per 32 keys, the two of this row.
+template <int kRow, int N>
+FA3_DEVICE void pack_row(const float (&s)[N], uint32_t* words) {
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k)
+#pragma unroll
+    for (int w = kRow; w < 4; w += 2)
+      words[4 * k + w] = pack4_e4m3(s[16 * k + p_register(w, 0)], s[16 * k + p_register(w, 1)],
+                                    s[16 * k + p_register(w, 2)], s[16 * k + p_register(w, 3)]);
+}
+
+}  // namespace fa3
