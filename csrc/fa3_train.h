@@ -142,7 +142,10 @@ FA3_API int64_t fa3_attn_fp8_fwd_workspace(const fa3_attn_fp8_fwd_params* params
 FA3_API int fa3_attn_fp8_fwd(const fa3_attn_fp8_fwd_params* params);
 
 /* Fused RoPE -> random-sign Hadamard -> amax -> e4m3, up to three tensors (q, k, v) in one launch; each stage can be off.
- * inverse = 1: the gradient, i.e. inverse Hadamard then inverse RoPE (quantization is straight-through). */
+ * inverse = 1: the gradient, i.e. inverse Hadamard then inverse RoPE (quantization is straight-through: quantize = 0).
+ * Hadamard and quantize: head_dim 64, 96 (3 x 32), 128, 192 (3 x 64), 256. Packed rows past cu_seqlens[batch] are not written.
+ * A block with a NaN or an infinity gets descale NaN and NaN codes, an all-zero block descale 1. A position outside
+ * of the tables gives NaN. */
 typedef struct fa3_prep_tensor {
   fa3_tensor x;   /* in_dtype, (B, S, heads, D) or varlen (total, heads, D) */
   fa3_tensor out; /* e4m3 if quantize, else out_dtype */
@@ -154,7 +157,7 @@ typedef struct fa3_prep_tensor {
 typedef struct fa3_prep_params {
   fa3_prep_tensor tensors[3];
   const float *cos, *sin;      /* (positions, rotary_dim / 2) fp32 contiguous; NULL iff no tensor has rope */
-  const uint32_t* signs;       /* head_dim bits, bit i of the array set: element i changes sign before the transform; NULL: none */
+  const float* signs;          /* (head_dim) fp32, +1 or -1 (the sign bit counts): multiplies elements before the transform; NULL: none */
   const int32_t* position_ids; /* (B, S) or (total); NULL: 0, 1, ... from the start of each sequence */
   const int32_t* cu_seqlens;   /* (B + 1) or NULL: dense */
   void* stream;
