@@ -118,7 +118,7 @@ class StepMeter:
         """Step `number` (from 1) begins."""
         every = self.config.logging.attention_every
         # The second step rather than the first, which pays for warm-up and autotuning.
-        probed = self._probe is not None and number % every == min(2, every - 1)
+        probed = self._probe is not None and number % every == 2 % every
         start = self._last_end if self._last_end is not None else self._clock.mark()
         self._current = _Step(number, start, probed)
         if probed and self._probe is not None:
