@@ -1,0 +1,40 @@
+"""``python -m fa3_train.bench <what>``: dispatch to one module per benchmark.
+
+A benchmark is a module with ``add_arguments(parser)`` and ``main(args) -> int``; only the one that
+is asked for is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+SUBCOMMANDS = {
+    "attention": ("fa3_train.bench.attention", "forward and backward beside their peers"),
+    "preprocess": ("fa3_train.bench.preprocess", "fused RoPE, Hadamard and quantization"),
+    "error": ("fa3_train.bench.error", "numerical error on outlier data and long contexts"),
+    "plot": ("fa3_train.bench.plot", "draw a result file again, on any machine"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="python -m fa3_train.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="what")
+    asked = next((a for a in arguments if not a.startswith("-")), None)
+    for name, (module_name, text) in SUBCOMMANDS.items():
+        sub = commands.add_parser(name, help=text)
+        if name == asked:
+            module = importlib.import_module(module_name)
+            sub.description = module.__doc__
+            sub.formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(sub)
+            sub.set_defaults(main=module.main)
+    args = parser.parse_args(arguments)
+    args.command = " ".join(["python -m fa3_train.bench", *arguments])
+    return int(args.main(args) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

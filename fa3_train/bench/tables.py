@@ -1,0 +1,133 @@
+"""Result files: JSON with everything, a table for eyes, both from the same dictionary.
+
+{"what": "attention", "command": ..., "machine": {...}, "ceilings": {...},
+ "cells": [{"name", "group", "pass", "dtype", "flops", "peers": {name: {...} or {"skipped"}}}]}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, str]:
+    """GPU, driver, CUDA, torch, cuDNN: what a reader needs to compare numbers."""
+    facts = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        version = torch.backends.cudnn.version() or 0
+        facts["cudnn"] = f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+        facts["driver"] = _driver()
+    facts["python"] = platform.python_version()
+    return facts
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp(mean(log)); nan for none."""
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def rate(cell: dict[str, Any], peer: str) -> float | None:
+    """TFLOP/s of ``peer`` in ``cell``, or None."""
+    return cell["peers"].get(peer, {}).get("tflops")
+
+
+def ratios(cells: list[dict[str, Any]], ours: str, peer: str) -> list[float]:
+    """ours / peer over the cells where both ran."""
+    pairs = [(rate(c, ours), rate(c, peer)) for c in cells]
+    return [a / b for a, b in pairs if a and b]
+
+
+def text_table(result: dict[str, Any]) -> str:
+    """Rows are cells, columns TFLOP/s of each peer and the ratios to the first one."""
+    cells = result["cells"]
+    if not cells:
+        return "no cells"
+    peers = [p for p in result["peers"] if any(rate(c, p) for c in cells)]
+    if not peers:
+        return "nothing ran"
+    first, others = peers[0], peers[1:]
+    width = max(len(c["name"]) for c in cells) + 2
+    head = f"{'':{width}}{'pass':>8}" + "".join(f"{p:>9}" for p in peers)
+    head += "".join(f"{f'/{p}':>9}" for p in others) + f"{'spread':>8}"
+    lines = [head]
+    for cell in cells:
+        row = f"{cell['name']:{width}}{cell['pass']:>8}"
+        for p in peers:
+            value = rate(cell, p)
+            row += f"{value:9.1f}" if value else f"{'-':>9}"
+        for p in others:
+            both = ratios([cell], first, p)
+            row += f"{both[0]:9.3f}" if both else f"{'-':>9}"
+        spread = cell["peers"].get(first, {}).get("spread")
+        row += f"{spread:8.1%}" if spread is not None else f"{'-':>8}"
+        lines.append(row)
+    lines.append("")
+    groups = list(dict.fromkeys((c["group"], c["pass"]) for c in cells))
+    for group, which in groups:
+        members = [c for c in cells if (c["group"], c["pass"]) == (group, which)]
+        row = f"{f'geomean {group}':{width}}{which:>8}"
+        for p in peers:
+            rates = [r for c in members if (r := rate(c, p))]
+            row += f"{geometric_mean(rates):9.1f}" if rates else f"{'-':>9}"
+        for p in others:
+            both = ratios(members, first, p)
+            row += f"{geometric_mean(both):9.3f}" if both else f"{'-':>9}"
+        lines.append(row)
+    wrong = [
+        f"{c['name']} {c['pass']}: {p}: {v['disagrees']}"
+        for c in cells
+        for p, v in c["peers"].items()
+        if "disagrees" in v
+    ]
+    if wrong:
+        lines += ["", "RESULTS THAT DISAGREE (not timed):", *wrong]
+    if result.get("ceilings"):
+        lines += ["", "ceilings: " + ", ".join(f"{k} {v}" for k, v in result["ceilings"].items())]
+    return "\n".join(lines)
+
+
+def skipped(result: dict[str, Any]) -> str:
+    """Why peers are absent, one line per (peer, reason)."""
+    reasons: dict[tuple[str, str], int] = {}
+    for cell in result["cells"]:
+        for peer, value in cell["peers"].items():
+            if "skipped" in value:
+                key = (peer, value["skipped"])
+                reasons[key] = reasons.get(key, 0) + 1
+    return "\n".join(f"{p}: {n} cells skipped: {why}" for (p, why), n in reasons.items())
+
+
+def write(result: dict[str, Any], out: str) -> list[Path]:
+    """``out``.json, ``out``.md and, if matplotlib is there, ``out``.png."""
+    base = Path(out)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    json_path, text_path = base.with_suffix(".json"), base.with_suffix(".md")
+    json_path.write_text(json.dumps(result, indent=1) + "\n")
+    facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+    table, reasons = text_table(result), skipped(result)
+    text_path.write_text(
+        f"{result['what']}: TFLOP/s, median of {result['reps']} single calls, L2 flushed\n\n"
+        f"    {result['command']}\n\n{facts}\n\n```\n{table}\n```\n\n{reasons}\n"
+    )
+    paths = [json_path, text_path]
+    from fa3_train.bench import plot
+
+    picture = plot.draw(result, base.with_suffix(".png"))
+    return [*paths, picture] if picture else paths

@@ -1,0 +1,94 @@
+"""GPU time of single calls, several competitors side by side.
+
+Every round calls each competitor once, so that drifts of clock and temperature hit all alike.
+Before a call the L2 cache is overwritten; then a short spin keeps the GPU busy until the host has
+queued the call, so that the events around it see kernels only and no launch gap. One
+synchronisation per round.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+L2_FLUSH_BYTES = 128 << 20  # 2.5 times the 50 MB L2 of an H100
+MAX_SPIN_MS = 3.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds over the repetitions of one competitor."""
+
+    median_ms: float
+    min_ms: float
+    quartile_low_ms: float
+    quartile_high_ms: float
+    reps: int
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        return (self.quartile_high_ms - self.quartile_low_ms) / self.median_ms
+
+
+def summarize(samples_ms: list[float]) -> Timing:
+    """Median, minimum and quartiles of at least one sample."""
+    if len(samples_ms) == 1:
+        low = high = samples_ms[0]
+    else:
+        low, _, high = statistics.quantiles(samples_ms, n=4, method="inclusive")
+    return Timing(statistics.median(samples_ms), min(samples_ms), low, high, len(samples_ms))
+
+
+class Timer:
+    """Owns the flush buffer and the calibration of the spin."""
+
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        self.device = torch.device(device)
+        self._flush = torch.empty(L2_FLUSH_BYTES // 4, dtype=torch.int32, device=self.device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1000)
+        start.record()
+        torch.cuda._sleep(10_000_000)
+        end.record()
+        torch.cuda.synchronize()
+        self._cycles_per_ms = 10_000_000 / start.elapsed_time(end)
+
+    def _host_ms(self, call: Callable[[], object]) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        took = (time.perf_counter() - begin) * 1e3
+        torch.cuda.synchronize()
+        return took
+
+    def measure(
+        self, calls: Mapping[str, Callable[[], object]], reps: int, warmup: int = 2
+    ) -> dict[str, Timing]:
+        """Time each call ``reps`` times, interleaved.
+
+        Args:
+            calls: name -> what to time; its GPU work goes to the current stream.
+        """
+        spin = {}
+        for name, call in calls.items():
+            for _ in range(warmup):
+                call()
+            host = min(self._host_ms(call) for _ in range(2))
+            spin[name] = int(min(MAX_SPIN_MS, 1.3 * host + 0.02) * self._cycles_per_ms)
+        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in calls}
+        for _ in range(reps):
+            for name, call in calls.items():
+                pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+                self._flush.zero_()
+                torch.cuda._sleep(spin[name])
+                pair[0].record()
+                call()
+                pair[1].record()
+                events[name].append(pair)
+            torch.cuda.synchronize()
+        return {n: summarize([a.elapsed_time(b) for a, b in pairs]) for n, pairs in events.items()}
