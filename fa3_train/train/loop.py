@@ -134,12 +134,8 @@ class Trainer:
         if self.step == 0:
             self._evaluate()
         while self.step < config.run.steps and not self._stop_agreed:
-            self.step += 1
-            self._one_step()
+            self.advance()
             last = self.step == config.run.steps
-            self._read_statuses(drain=last)
-            if last or self.step % config.logging.every == 0:
-                self.logger.log(self.meter.flush())
             if last or (config.run.eval_every and self.step % config.run.eval_every == 0):
                 self._evaluate()
             if config.checkpoint.every and self.step % config.checkpoint.every == 0:
@@ -152,6 +148,15 @@ class Trainer:
         if self._stop_agreed or (config.checkpoint.save_last and self.step > 0):
             self._checkpoint(background=False)
         self._announce(self.checkpointer.finish())
+
+    def advance(self) -> None:
+        """One step and what the loop does about every step: read statuses, write log lines."""
+        self.step += 1
+        self._one_step()
+        last = self.step == self.config.run.steps
+        self._read_statuses(drain=last)
+        if last or self.step % self.config.logging.every == 0:
+            self.logger.log(self.meter.flush())
 
     def _one_step(self) -> None:
         engine, meter, step = self.engine, self.meter, self.step
