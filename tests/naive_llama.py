@@ -59,11 +59,27 @@ def attention(q, k, v, window=None, softcap=0.0, causal=True):
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v)
 
 
-def layer(x, lengths, w, config):
-    """x (T, hidden); w: parameters of one TransformerLayer by name."""
+def product(x, weight):
+    return x @ weight.T
+
+
+def fp8_product(x, weight):
+    """Both factors through e4m3, with one scale for the whole tensor that maps its largest
+    magnitude to 448; gradients pass straight through."""
+    return product(_through_e4m3(x), _through_e4m3(weight))
+
+
+def _through_e4m3(x):
+    scale = 448.0 / x.detach().abs().max().float()
+    rounded = (x.detach().float() * scale).to(torch.float8_e4m3fn).float() / scale
+    return x + (rounded.to(x.dtype) - x.detach())
+
+
+def layer(x, lengths, w, config, mm=product):
+    """x (T, hidden); w: parameters of one TransformerLayer by name; mm: how matrices multiply."""
     freqs = frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     h = rms_norm(x, w["attention.qkv.norm.weight"], config.norm_eps)
-    qkv = h @ w["attention.qkv.linear.weight"].T
+    qkv = mm(h, w["attention.qkv.linear.weight"])
     q, k, v = qkv.split([config.q_size, config.kv_size, config.kv_size], -1)
     outs = []
     for piece in torch.arange(x.shape[0]).split(lengths):
@@ -75,25 +91,25 @@ def layer(x, lengths, w, config):
         qr, kr = rope(heads[0], positions, freqs), rope(heads[1], positions, freqs)
         out = attention(qr, kr, heads[2], config.window_size, config.softcap)
         outs.append(out.reshape(len(piece), -1))
-    x = x + torch.cat(outs) @ w["attention.out_proj.weight"].T
+    x = x + mm(torch.cat(outs), w["attention.out_proj.weight"])
     h = rms_norm(x, w["mlp.norm.weight"], config.norm_eps)
-    gate, up = (h @ w["mlp.mlp.gate_up_proj.weight"].T).chunk(2, -1)
-    return x + (gate * torch.sigmoid(gate) * up) @ w["mlp.mlp.down_proj.weight"].T
+    gate, up = mm(h, w["mlp.mlp.gate_up_proj.weight"]).chunk(2, -1)
+    return x + mm(gate * torch.sigmoid(gate) * up, w["mlp.mlp.down_proj.weight"])
 
 
-def logits(tokens, lengths, w, config):
+def logits(tokens, lengths, w, config, mm=product):
     """tokens (T,) -> (T, vocab); w: parameters of a TransformerLM by name."""
     x = w["embedding.weight"][tokens]
     for index in range(config.num_layers):
         prefix = f"layers.{index}."
         part = {n[len(prefix) :]: t for n, t in w.items() if n.startswith(prefix)}
-        x = layer(x, lengths, part, config)
+        x = layer(x, lengths, part, config, mm)
     head = w["embedding.weight"] if config.tie_embeddings else w["head.weight"]
     return rms_norm(x, w["norm.weight"], config.norm_eps) @ head.T
 
 
-def loss(tokens, labels, lengths, w, config):
-    log_probs = logits(tokens, lengths, w, config).log_softmax(-1)
+def loss(tokens, labels, lengths, w, config, mm=product):
+    log_probs = logits(tokens, lengths, w, config, mm).log_softmax(-1)
     counted = labels >= 0
     return -log_probs[counted, labels[counted]].mean()
 

@@ -1,0 +1,233 @@
+"""The model on a GPU: the Triton loss kernel, bf16 layers, torch.compile, TransformerEngine.
+
+Truth is the formula in FP64 on the CPU (naive_llama); the yardstick is the same formula in bf16.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import naive_llama as naive
+import pytest
+import torch
+
+from fa3_train.models import MODELS, ModelConfig, TransformerLM
+from fa3_train.models.hf import name_table
+from fa3_train.modules import chunked_cross_entropy
+from fa3_train.numerics import assert_as_good
+from fa3_train.train.data import DataLoader, RandomDataset
+
+pytestmark = pytest.mark.gpu
+BF16 = torch.bfloat16
+CONFIG = ModelConfig(
+    vocab_size=1000, hidden_size=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64,
+    ffn_hidden_size=512, max_seq_len=512, attention_backend="sdpa",
+)  # fmt: skip
+needs_te = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="no transformer_engine"
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(1)
+
+
+# -------------------------------------------------------------------------------------- loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "chunk"), [(300, 1000, 128), (70, 50_257, 0), (3, 2, 2)]
+)
+def test_cross_entropy_kernel(dtype, tokens, vocab, chunk):
+    x = (torch.randn(tokens, 64) * 0.7).to(dtype)
+    weight = torch.randn(vocab, 64).to(dtype)
+    labels = torch.randint(0, vocab, (tokens,))
+    labels[::5] = -100
+
+    def plain(kind):
+        a, w = (t.to(kind).requires_grad_() for t in (x, weight))
+        logits = a @ w.T
+        if kind.itemsize == 2:
+            logits = logits.float()  # 16-bit GEMM, FP32 soft-max: what the kernel promises
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return [loss, *torch.autograd.grad(3 * loss, [a, w])]
+
+    a, w = (t.cuda().requires_grad_() for t in (x, weight))
+    loss = chunked_cross_entropy(a, w, labels.cuda(), chunk_tokens=chunk)
+    results = [loss, *torch.autograd.grad(3 * loss, [a, w])]
+    for name, got, t, b in zip(
+        ("loss", "dx", "dw"), results, plain(torch.float64), plain(dtype), strict=True
+    ):
+        assert_as_good(got.cpu(), t, b, "accum", name)
+
+
+def test_cross_entropy_ignores_what_has_no_label():
+    x = torch.randn(64, 32, device="cuda", dtype=BF16)
+    weight = torch.randn(500, 32, device="cuda", dtype=BF16)
+    labels = torch.randint(0, 500, (64,), device="cuda")
+    labels[::5] = -100
+    clean = chunked_cross_entropy(x, weight, labels)
+    x[::5] = float("nan")
+    x.requires_grad_()
+    loss = chunked_cross_entropy(x, weight, labels)
+    grad = torch.autograd.grad(loss, x)[0]
+    assert torch.equal(loss, clean) and grad.isfinite().all() and not grad[::5].any()
+
+
+def test_cross_entropy_of_llama3_needs_one_chunk_of_memory():
+    tokens, hidden, vocab = 8192, 256, 128_256
+    x = torch.randn(tokens, hidden, device="cuda", dtype=BF16, requires_grad=True)
+    weight = torch.randn(vocab, hidden, device="cuda", dtype=BF16, requires_grad=True)
+    labels = torch.randint(0, vocab, (tokens,), device="cuda")
+    chunked_cross_entropy(x, weight, labels, chunk_tokens=1024).backward()  # library workspaces
+    x.grad = weight.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = chunked_cross_entropy(x, weight, labels, chunk_tokens=1024)
+    peak = torch.cuda.max_memory_allocated() - before
+    # One chunk in bf16, dW in FP32 and dx; all logits in bf16 alone would be 2.1 GB.
+    allowed = 1024 * vocab * 2 + 4 * vocab * hidden + 2 * tokens * hidden
+    assert loss.isfinite() and peak < 1.1 * allowed
+
+
+# ------------------------------------------------------------------------------------- model
+
+
+def batch_of(config, tokens=300):
+    source = RandomDataset(config.vocab_size, tokens, seed=2, doc_len=70)
+    return next(DataLoader(source, 1, prefetch=0))
+
+
+def run(model, batch):
+    batch = batch.to("cuda")
+    return model(
+        batch.tokens, batch.labels, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+    )  # fmt: skip
+
+
+def trained_like(model):
+    """Weights large enough that attention and norms matter to the loss."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.08)
+    return model
+
+
+def bf16_model(config):
+    return trained_like(TransformerLM(config).bfloat16())
+
+
+def judge(model, batch, results, weights, mm=naive.product):
+    """Loss and gradients against FP64, with bf16 PyTorch (`mm` as given) as the yardstick."""
+    lengths = batch.cu_seqlens.diff().tolist()
+
+    def formula(dtype, mm):
+        w = {n: t.detach().cpu().to(dtype).requires_grad_() for n, t in weights.items()}
+        loss = naive.loss(batch.tokens, batch.labels, lengths, w, model.config, mm)
+        return [loss, *torch.autograd.grad(loss, list(w.values()))]
+
+    truth, baseline = formula(torch.float64, naive.product), formula(BF16, mm)
+    for name, a, t, b in zip(["loss", *weights], results, truth, baseline, strict=True):
+        assert_as_good(a.cpu(), t, b, "accum", name)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "hopper"])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"qk_norm": True, "head_dim": 128, "tie_embeddings": False}, {"window_size": 40}],
+    ids=lambda c: "-".join(c) or "plain",
+)
+@pytest.mark.parametrize("policy", ["none", "selective"])
+def test_bf16_loss_and_gradients(backend, change, policy):
+    config = CONFIG.replace(
+        **change, attention_backend=backend, activation_checkpointing=policy
+    )
+    model = bf16_model(config).cuda()
+    batch = batch_of(config)
+    loss = run(model, batch)
+    weights = dict(model.named_parameters())
+    results = [loss, *torch.autograd.grad(loss, list(weights.values()))]
+    judge(model, batch, results, weights)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "hopper"])
+def test_compiled_layers(backend):
+    config = CONFIG.replace(
+        attention_backend=backend, compile_layers=True, activation_checkpointing="selective"
+    )
+    model = bf16_model(config).cuda()
+    weights = dict(model.named_parameters())
+    for tokens in (300, 400, 300):  # other lengths and numbers of documents
+        batch = batch_of(config, tokens)
+        loss = run(model, batch)
+        results = [loss, *torch.autograd.grad(loss, list(weights.values()))]
+    judge(model, batch, results, weights)
+
+
+def test_model_built_on_the_device():
+    with torch.device("cuda"):
+        model = TransformerLM(MODELS["tiny"])
+    assert all(p.is_cuda for p in model.parameters())
+    assert model.layers[0].attention.qkv.linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+# -------------------------------------------------------------------------- TransformerEngine
+
+
+def te_model(config, donor):
+    """A TransformerEngine model with the donor's weights, and the donor's names -> its names."""
+    with torch.device("cuda"):
+        model = TransformerLM(config).bfloat16()
+    ours, theirs = name_table(donor.config), name_table(config)
+    by_source = {sources: name for name, sources in theirs.items()}
+    names = {name: by_source[sources] for name, sources in ours.items()}
+    mine = dict(model.named_parameters())
+    assert set(names.values()) == set(mine), "every parameter has a Hugging Face name"
+    with torch.no_grad():
+        for name, other in names.items():
+            mine[other].copy_(dict(donor.named_parameters())[name])
+    return model, names
+
+
+@needs_te
+@pytest.mark.parametrize(
+    ("linear", "recipe", "policy"),
+    [
+        ("te", "current", "none"),
+        ("te", "current", "selective"),
+        ("te_fp8", "current", "none"),
+        ("te_fp8", "current", "full"),
+        ("te_fp8", "delayed", "none"),
+        ("te_fp8", "block", "none"),
+    ],
+)
+def test_transformer_engine_layers(linear, recipe, policy):
+    donor = bf16_model(CONFIG)
+    config = CONFIG.replace(linear=linear, te_recipe=recipe, activation_checkpointing=policy)
+    model, names = te_model(config, donor)
+    batch = batch_of(config, tokens=320)
+    for _ in range(3 if recipe == "delayed" else 1):  # delayed scaling needs a history of maxima
+        model.zero_grad()
+        loss = run(model, batch)
+        loss.backward()
+    mine = dict(model.named_parameters())
+    results = [loss, *(mine[names[n]].grad for n, _ in donor.named_parameters())]
+    mm = naive.fp8_product if linear == "te_fp8" else naive.product
+    judge(donor, batch, results, dict(donor.named_parameters()), mm)
+
+
+@needs_te
+def test_transformer_layer_alone_in_fp8_really_is_fp8():
+    from fa3_train.modules import TransformerLayer
+
+    with torch.device("cuda"):
+        fp8 = TransformerLayer(256, 512, 4, 2, linear="te_fp8", backend="sdpa").bfloat16()
+    wide = TransformerLayer(256, 512, 4, 2, linear="te", backend="sdpa").cuda().bfloat16()
+    wide.load_state_dict(fp8.state_dict(), strict=False)
+    x = torch.randn(2, 64, 256, device="cuda", dtype=BF16)
+    a, b = fp8(x), wide(x)
+    assert torch.equal(b, wide(x)) and not torch.equal(a, b)
