@@ -2,8 +2,8 @@
 
 `Checkpointer.save` is the whole procedure in one call. `save_async` splits it so that training goes
 on: the state is copied aside at once; the files are written, then synced and hashed, by background
-threads; the loop asks `local_done` at each step, tells all ranks through the step's status vector,
-and calls `advance` when everybody is done (checkpoint_files.py has the layout on disk).
+threads; the loop asks `local_done` at each step, and calls `advance` when all ranks are done
+(checkpoint_files.py has the layout on disk).
 
 Every rank must see the same folder. Errors are raised on all ranks with the same text, so no rank
 is left waiting in a collective.

@@ -6,8 +6,9 @@ of the bad step. Parameters are still those before the step, so forward and back
 
 - forward hooks look at each module's output in the order of execution; the first non-finite one is
   the culprit, and since inner modules finish before outer ones it is the innermost;
-- hooks on each module's input tensors look at gradients in the order of the backward; the first
-  non-finite one was made by the backward of the innermost module that reads this tensor;
+- hooks on the tensors that modules read and return look at gradients in the order of the backward;
+  the first non-finite one was made by the backward of the innermost module that reads this tensor
+  (of an operation between modules, where none does);
 - parameter gradients are looked at last, for an overflow in a weight gradient alone.
 """
 
@@ -86,6 +87,7 @@ class _Probe:
         self._forward: str | None = None
         self._gradient: str | None = None
         self._readers: dict[int, str] = {}  # id of a tensor -> innermost module that reads it
+        self._makers: dict[int, str] = {}  # ... that returned it
         self._alive: list[torch.Tensor] = []  # so that ids stay unique
 
     def __enter__(self) -> _Probe:
@@ -112,32 +114,41 @@ class _Probe:
                         self._forward = f"parameter {key} of {label} {flaw}"
                         return
             for tensor in _tensors(args):
-                if tensor.requires_grad:
-                    if id(tensor) not in self._readers:
-                        self._alive.append(tensor)
-                        tensor.register_hook(self._on_gradient(id(tensor)))
+                if self._watch(tensor):
                     self._readers[id(tensor)] = label
 
         return hook
 
     def _after(self, label: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._forward is None:
-                for tensor in _tensors(output):
-                    flaw = _flaw(tensor)
-                    if flaw:
-                        self._forward = f"forward, output of {label} {flaw}"
-                        return
+            for tensor in _tensors(output):
+                flaw = _flaw(tensor) if self._forward is None else None
+                if flaw:
+                    self._forward = f"forward, output of {label} {flaw}"
+                if self._watch(tensor):
+                    self._makers.setdefault(id(tensor), label)
 
         return hook
+
+    def _watch(self, tensor: torch.Tensor) -> bool:
+        """Hook the tensor's gradient, once; False for one that gets none."""
+        if not tensor.requires_grad:
+            return False
+        if id(tensor) not in self._readers and id(tensor) not in self._makers:
+            self._alive.append(tensor)
+            tensor.register_hook(self._on_gradient(id(tensor)))
+        return True
 
     def _on_gradient(self, key: int) -> Any:
         def hook(gradient: torch.Tensor) -> None:
             if self._gradient is None:
                 flaw = _flaw(gradient)
-                if flaw:
+                if flaw and key in self._readers:
                     reader = self._readers[key]
                     self._gradient = f"backward of {reader}: gradient of its input {flaw}"
+                elif flaw:
+                    maker = self._makers[key]
+                    self._gradient = f"backward: the gradient that reaches {maker} {flaw}"
 
         return hook
 

@@ -1,10 +1,13 @@
 """The training loop: data -> engine -> metrics, with evaluation, checkpoints and signals.
 
-One step queues work on the device and reads nothing back. What the host must know of it (is the
-loss finite, did a rank get SIGTERM, is the background checkpoint written) travels in the engine's
-status vector and is read a fixed number of steps later (status.py). Things that need a settled
-state (checkpoint, end) first drain that queue, so a checkpoint is never taken of a step that turned
-out bad.
+One step queues work on the device and reads nothing back: whether its loss was finite the host
+learns a fixed number of steps later (status.py). Things that need a settled state (checkpoint, end)
+first drain that queue, so a checkpoint is never taken of a step that turned out bad. What the ranks
+must agree on beforehand (number of labels, "somebody got SIGTERM", "my background checkpoint is
+written") is three integers that they sum on the host, over gloo, while the device is busy.
+
+The loss of a step is the mean over all its labels, on all ranks and in all micro-batches: each
+micro-batch counts by its labels, so the way a global batch is cut changes nothing but rounding.
 
 A run is a function of its config and its position: batches follow from the data position, the
 learning rate from the step, so "resume" is: load the engine's state, seek the data, go on. On the
@@ -24,10 +27,10 @@ from torch import nn
 from fa3_train.models.transformer import TransformerLM
 from fa3_train.train.checkpoint import Checkpointer, CheckpointError, Manifest
 from fa3_train.train.config import TrainConfig
-from fa3_train.train.data import Batch, DataLoader
+from fa3_train.train.data import IGNORE_INDEX, Batch, DataLoader
 from fa3_train.train.data.build import build_data
 from fa3_train.train.engines import Engine, World, create_engine, start_world, stop_world
-from fa3_train.train.engines.base import LOSS, NORM, SAVED, STATUS_SIZE, STOP
+from fa3_train.train.engines.base import LOSS, NORM, STATUS_SIZE
 from fa3_train.train.guard import NonFiniteError, diagnose
 from fa3_train.train.loggers import RunLogger
 from fa3_train.train.metrics import StepMeter
@@ -109,7 +112,6 @@ class Trainer:
         )
         self.status = StatusReader(world.device)
         self._stop_agreed = False
-        self._phase_start = 0  # step in which the current phase of a background save began
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -133,8 +135,7 @@ class Trainer:
         config = self.config
         if self.step == 0:
             self._evaluate()
-        while self.step < config.run.steps and not self._stop_agreed:
-            self.advance()
+        while self.step < config.run.steps and self.advance():
             last = self.step == config.run.steps
             if last or (config.run.eval_every and self.step % config.run.eval_every == 0):
                 self._evaluate()
@@ -145,67 +146,73 @@ class Trainer:
                 f"stop requested ({self.stop.received or 'by another rank'}): saving after step "
                 f"{self.step}; run the same command to continue"
             )
-        if self._stop_agreed or (config.checkpoint.save_last and self.step > 0):
+        if self.step > 0 and (self._stop_agreed or config.checkpoint.save_last):
             self._checkpoint(background=False)
         self._announce(self.checkpointer.finish())
 
-    def advance(self) -> None:
-        """One step and what the loop does about every step: read statuses, write log lines."""
+    def advance(self) -> bool:
+        """One step and what the loop does about every step: read statuses, write log lines.
+        False when the ranks have agreed to stop, and no step was taken."""
+        position = self.loader.samples
+        self.meter.start_step(self.step + 1)
+        with self.meter.phase("data"):
+            batches = [next(self.loader) for _ in range(self.engine.accumulation)]
+            labels = [_count_labels(batch) for batch in batches]
+        all_labels = self._agree(sum(labels))
+        if self._stop_agreed:
+            self.loader.seek(position)  # these batches are for the run that continues
+            return False
         self.step += 1
-        self._one_step()
+        share = self.engine.accumulation * self.world.size / all_labels
+        self._one_step(batches, [count * share for count in labels])
         last = self.step == self.config.run.steps
         self._read_statuses(drain=last)
         if last or self.step % self.config.logging.every == 0:
             self.logger.log(self.meter.flush())
+        return True
 
-    def _one_step(self) -> None:
-        engine, meter, step = self.engine, self.meter, self.step
-        lr = learning_rate(step, self.config)
-        meter.start_step(step)
-        total: torch.Tensor | None = None
-        batches: list[Batch] = []
-        for index in range(engine.accumulation):
-            with meter.phase("data"):
-                batch = next(self.loader)
+    def _one_step(self, batches: list[Batch], weights: list[float]) -> None:
+        """Queue one optimizer step. `weights`: of the micro-batches' losses in the engine's mean
+        over micro-batches and ranks; 1.0 where all have the same number of labels."""
+        engine, meter = self.engine, self.meter
+        lr = learning_rate(self.step, self.config)
+        for index, batch in enumerate(batches):
             meter.count(batch)
-            batch = batch.to(self.world.device, non_blocking=True)
-            batches.append(batch)
+            batches[index] = batch.to(self.world.device, non_blocking=True)
+        total: torch.Tensor | None = None
+        for index, batch in enumerate(batches):
             with meter.phase("forward"):
                 loss = engine.forward(batch)
+                if weights[index] != 1.0:
+                    loss = loss * weights[index]
             with meter.phase("backward"):
                 last = index == engine.accumulation - 1
                 engine.backward(loss, first=index == 0, last=last)
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         with meter.phase("optimizer"):
-            status = engine.step(lr, self._status_of(total))
+            status = torch.zeros(STATUS_SIZE, device=self.world.device)
+            status[LOSS] = total / (engine.accumulation * self.world.size)
+            status = engine.step(lr, status)
         meter.end_step(loss=status[LOSS], grad_norm=status[NORM], lr=lr)
-        self.status.push(step, status, batches)
+        self.status.push(self.step, status, batches)
 
-    def _status_of(self, total: torch.Tensor) -> torch.Tensor:
-        status = torch.zeros(STATUS_SIZE, device=self.world.device)
-        status[LOSS] = total / (self.engine.accumulation * self.world.size)
-        # Python scalars are kernel arguments on CUDA: no copy from pageable memory, no sync.
-        if self.stop.received is not None:
-            status[STOP] = 1.0
-        if self.checkpointer.local_done():
-            status[SAVED] = 1.0
-        return status
+    def _agree(self, labels: int) -> int:
+        """Sum the label count over the ranks; act on what else they say. Host only."""
+        sums = [labels, int(self.stop.received is not None), int(self.checkpointer.local_done())]
+        if self.world.size > 1:
+            vector = torch.tensor(sums)
+            dist.all_reduce(vector)
+            sums = vector.tolist()
+        self._stop_agreed = self._stop_agreed or sums[1] > 0
+        if self.checkpointer.saving and sums[2] == self.world.size:
+            self._announce(self.checkpointer.advance())
+        return max(1, sums[0])
 
     def _read_statuses(self, drain: bool = False) -> None:
         for status in self.status.pop(all_of_them=drain):
             if status.blocked:
                 self._stop_for(status)
-            if status.stop:
-                self._stop_agreed = True
-            # An older status may still speak of the previous phase.
-            if (
-                self.checkpointer.saving
-                and status.step > self._phase_start
-                and status.saved == self.world.size
-            ):
-                self._phase_start = self.step
-                self._announce(self.checkpointer.advance())
 
     def _stop_for(self, status: StepStatus) -> None:
         self.logger.log(self.meter.flush())
@@ -222,15 +229,17 @@ class Trainer:
         if loader is None or count == 0:
             return
         loader.seek(0)
-        losses = []
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # loss, labels
         for _ in range(count):
-            batch = next(loader).to(self.world.device, non_blocking=True)
-            losses.append(self.engine.evaluate(batch))
+            batch = next(loader)
+            labels = _count_labels(batch)
+            loss = self.engine.evaluate(batch.to(self.world.device, non_blocking=True))
+            sums[0] += loss.double() * labels
+            sums[1] += labels
         loader.close()
-        mean = torch.stack(losses).double().mean()
         if self.world.size > 1:
-            dist.all_reduce(mean)
-            mean /= self.world.size
+            dist.all_reduce(sums)
+        mean = sums[0] / sums[1]
         self.logger.event("eval", step=self.step, val_loss=float(mean))
         self.meter.restart()
 
@@ -247,7 +256,6 @@ class Trainer:
         if background:
             self._announce(self.checkpointer.finish())
             self.checkpointer.save_async(self.step, progress)
-            self._phase_start = self.step
         else:
             self._announce(self.checkpointer.finish())
             self._announce(self.checkpointer.save(self.step, progress))
@@ -285,6 +293,11 @@ def build_model(config: TrainConfig, world: World) -> nn.Module:
 
         load_hf_weights(model, config.model.init_from)
     return model
+
+
+def _count_labels(batch: Batch) -> int:
+    """Labels that the loss of a micro-batch is the mean of; on the host, before it moves."""
+    return int((batch.labels != IGNORE_INDEX).sum())
 
 
 def _seed(config: TrainConfig) -> None:

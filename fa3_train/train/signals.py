@@ -1,7 +1,7 @@
 """SIGTERM and SIGUSR1 ask for a checkpoint and a clean exit; the loop obeys at a step boundary.
 
-The handler only sets a flag. The loop puts the flag into the vector that every step all-reduces
-anyway, so all ranks learn of it at the same step even when only one of them was signalled.
+The handler only sets a flag. The loop puts the flag into the host vector that every step sums over
+the ranks anyway, so all of them learn of it at the same step even when only one was signalled.
 Further signals change nothing: a job manager signals the launcher and the ranks, and the launcher
 passes it on, so a rank may well get two. (Way out of a hang: SIGKILL, which loses no checkpoint.)
 """

@@ -2,8 +2,8 @@
 
 On CUDA the vector is copied into page-locked memory behind an event, and read `LAG` steps later:
 by then it has normally arrived, and the device still has the steps in between to work on. The lag
-is a fixed number of steps, not "whenever it is there", because every rank must learn of a stop
-request or a bad step at the same step. On CPU there is nothing to overlap and the lag is 0.
+is a fixed number of steps, not "whenever it is there", because every rank must learn of a bad step
+at the same step. On CPU there is nothing to overlap and the lag is 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fa3_train.train.data import Batch
-from fa3_train.train.engines.base import BLOCKED, LOSS, NORM, SAVED, STATUS_SIZE, STOP
+from fa3_train.train.engines.base import BLOCKED, LOSS, NORM, STATUS_SIZE
 
 __all__ = ["LAG", "StatusReader", "StepStatus"]
 
@@ -29,8 +29,6 @@ class StepStatus:
     step: int
     loss: float
     norm: float
-    stop: bool
-    saved: int  # ranks whose part of a background checkpoint was done
     blocked: bool
     batches: list[Batch]
 
@@ -69,8 +67,6 @@ class StatusReader:
                     step=step,
                     loss=values[LOSS],
                     norm=values[NORM],
-                    stop=values[STOP] > 0,
-                    saved=round(values[SAVED]),
                     blocked=values[BLOCKED] > 0,
                     batches=batches,
                 )

@@ -6,10 +6,9 @@ metrics or files' names. One optimizer step is
     for each micro-batch:  loss = forward(batch);  backward(loss, first=, last=)
     step(lr, status)
 
-`status` is one small fp32 vector on the device (slots below). `step` all-reduces it together with
-the gradient norm, so a step costs one collective for everything that the ranks must agree on:
-mean loss, norm, "somebody got SIGTERM", "my asynchronous checkpoint is written". The host never
-waits for it inside the step; the loop reads it later.
+`status` is one small fp32 vector on the device (slots below). `step` all-reduces loss and gradient
+norm in it together, one collective for both. The host never waits for it inside the step; the loop
+reads it later (status.py).
 
 The guard: when the mean loss or the norm is not finite, the update is switched off on the device
 in that same step, and stays off (`BLOCKED`), because the host, which runs ahead, has already queued
@@ -32,16 +31,14 @@ from fa3_train.train.config import TrainConfig
 from fa3_train.train.data import Batch
 from fa3_train.train.engines.world import World
 
-__all__ = ["BLOCKED", "LOSS", "NORM", "SAVED", "STATUS_SIZE", "STOP", "Engine"]
+__all__ = ["BLOCKED", "LOSS", "NORM", "STATUS_SIZE", "Engine"]
 
 # Slots of the status vector. On entry to `step` a rank's own contribution to a sum over ranks,
 # on return the agreed value.
 LOSS = 0  # mean loss of the step's micro-batches, already divided by the number of ranks
-STOP = 1  # 1 on a rank that was asked to stop
-SAVED = 2  # 1 on a rank whose part of an asynchronous checkpoint is done
-NORM = 3  # global gradient norm before clipping; filled by the engine
-BLOCKED = 4  # > 0: the update was switched off; filled by the engine
-STATUS_SIZE = 5
+NORM = 1  # global gradient norm before clipping; filled by the engine
+BLOCKED = 2  # > 0: the update was switched off; filled by the engine
+STATUS_SIZE = 3
 
 
 class Engine(abc.ABC):
