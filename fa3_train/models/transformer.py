@@ -19,7 +19,7 @@ from fa3_train.models.config import ModelConfig
 from fa3_train.modules.layer import TransformerLayer
 from fa3_train.modules.loss import LMHead
 from fa3_train.modules.norm import RMSNorm
-from fa3_train.modules.rope import Rope
+from fa3_train.modules.rope import Rope, document_positions
 
 # Matrices that write into the residual stream, by the end of their name (torch and TE modules).
 _RESIDUAL_WRITERS = ("out_proj.weight", "down_proj.weight", "fc2_weight")
@@ -136,6 +136,8 @@ class TransformerLM(nn.Module):
                 f"a sequence has {longest} tokens, more than model.max_seq_len="
                 f"{self.config.max_seq_len} (the RoPE table ends there)"
             )
+        if cu_seqlens is not None and position_ids is None:
+            position_ids = document_positions(cu_seqlens, tokens.shape[0])
         self.rope.tables(tokens.device)  # outside of the compiled layers
         x = self.embedding(tokens)
         with self._precision():
