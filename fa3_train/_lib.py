@@ -227,6 +227,12 @@ def search_paths() -> list[Path]:
     return [package / "lib" / LIBRARY_NAME, package.parent / "build" / LIBRARY_NAME]
 
 
+def _build_note() -> str:
+    """What the installation wrote down when it built no library."""
+    note = Path(__file__).resolve().parent / "lib" / "build.txt"
+    return f" When installed: {note.read_text().strip()}" if note.is_file() else ""
+
+
 def find_library() -> Path:
     """The library's path.
 
@@ -241,7 +247,7 @@ def find_library() -> Path:
     if os.environ.get(ENV_VARIABLE):
         raise LibraryNotFound(f"{ENV_VARIABLE}={tried} is not a file")
     raise LibraryNotFound(
-        f"the compiled kernels ({LIBRARY_NAME}) are not at any of: {tried}. Build them with "
+        f"the compiled kernels ({LIBRARY_NAME}) are not at any of: {tried}.{_build_note()} Build them with "
         "`cmake -B build && cmake --build build` in a source checkout or `pip install .` where "
         f"nvcc is found (a CUDA 13 toolkit, or the `build` extra), or set {ENV_VARIABLE} to a "
         "built library. Without them, backend='sdpa' and backend='reference' still work."
