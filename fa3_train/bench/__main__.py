@@ -14,6 +14,8 @@ SUBCOMMANDS = {
     "attention": ("fa3_train.bench.attention", "forward and backward beside their peers"),
     "preprocess": ("fa3_train.bench.preprocess", "fused RoPE, Hadamard and quantization"),
     "error": ("fa3_train.bench.error", "numerical error on outlier data and long contexts"),
+    "loop": ("fa3_train.bench.loop", "training loop beside a bare PyTorch loop"),
+    "trainer": ("fa3_train.bench.trainer", "whole training runs: engines x linears"),
     "plot": ("fa3_train.bench.plot", "draw a result file again, on any machine"),
 }
 
