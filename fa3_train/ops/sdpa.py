@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +94,9 @@ def varlen(
 
 
 @functools.cache
-def _varlen_attn() -> tuple[Callable[..., Any], bool] | None:
-    """torch's varlen attention (torch >= 2.10) and whether it knows ``enable_gqa``."""
+def _gqa_of_varlen_attn() -> str | None:
+    """Does torch's varlen attention (torch >= 2.10) serve here, and does it know ``enable_gqa``:
+    "knows", "repeat", or None where it cannot serve."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -105,12 +104,13 @@ def _varlen_attn() -> tuple[Callable[..., Any], bool] | None:
     parameters = inspect.signature(varlen_attn).parameters
     if "window_size" not in parameters or "scale" not in parameters:
         return None
-    return varlen_attn, "enable_gqa" in parameters
+    return "knows" if "enable_gqa" in parameters else "repeat"
 
 
 @mark_constant
-def _varlen_attn_constant() -> tuple[Callable[..., Any], bool] | None:
-    return _varlen_attn()
+def _gqa_constant() -> str | None:
+    # A plain value: torch.compile cannot take a function as an assumed constant.
+    return _gqa_of_varlen_attn()
 
 
 def _flash_varlen_serves(q: Tensor, shape: AttentionShape) -> bool:
@@ -120,22 +120,23 @@ def _flash_varlen_serves(q: Tensor, shape: AttentionShape) -> bool:
         and shape.head_dim_qk == shape.head_dim_v
         and shape.head_dim_qk <= 256
         and shape.head_dim_qk % 8 == 0
-        and _varlen_attn_constant() is not None
+        and _gqa_constant() is not None
     )
 
 
 def _flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, shape, scale, left, right) -> Tensor:
-    found = _varlen_attn_constant()
-    assert found is not None
-    function, knows_gqa = found
+    from torch.nn.attention.varlen import varlen_attn
+
     options = {"scale": scale, "window_size": (left, right)}
     if shape.heads_q != shape.heads_k:
-        if knows_gqa:
+        if _gqa_constant() == "knows":
             options["enable_gqa"] = True
         else:  # the older signature refuses unequal heads: pay for copies of k and v
             size = shape.heads_q // shape.heads_k
             k, v = k.repeat_interleave(size, 1), v.repeat_interleave(size, 1)
-    return function(q, k, v, cu_seqlens_q, cu_seqlens_k, shape.seqlen_q, shape.seqlen_k, **options)
+    return varlen_attn(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, shape.seqlen_q, shape.seqlen_k, **options
+    )  # fmt: skip
 
 
 def host_offsets(cu_seqlens: Tensor) -> list[int]:
