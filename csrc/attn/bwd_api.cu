@@ -46,6 +46,10 @@ int launch_bucket(const BwdCall& call) {
     case 64: return launch_bwd_fused<64, Elem>(call);
     case 96: return launch_bwd_fused<96, Elem>(call);
     case 128: return launch_bwd_fused<128, Elem>(call);
+    case 192:
+      return call.plan.head_dim_v == 128 ? launch_bwd_two_pass<192, 128, Elem>(call)
+                                         : launch_bwd_two_pass<192, 192, Elem>(call);
+    case 256: return launch_bwd_two_pass<256, 256, Elem>(call);
     default: return fail(FA3_INTERNAL, "fa3_attn_bwd: no kernel for bucket %d", call.plan.head_dim_qk);
   }
 }

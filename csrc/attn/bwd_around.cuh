@@ -78,7 +78,7 @@ FA3_DEVICE float dot8(uint4 a, uint4 b) {
 template <class Elem, int BLOCK_M, int kLanes, int kDqFloats>
 __global__ void __launch_bounds__(kAroundThreads) bwd_prepare(const __grid_constant__ BwdAroundParams p) {
   constexpr int kRowsAtOnce = kAroundThreads / kLanes, kPasses = BLOCK_M / kRowsAtOnce;
-  constexpr int kBatch = kPasses < 4 ? kPasses : 4;  // rows a thread has in flight
+  constexpr int kBatch = kPasses % 4 == 0 ? 4 : kPasses % 3 == 0 ? 3 : kPasses;  // rows a thread has in flight
   static_assert(kPasses >= 1 && kPasses % kBatch == 0, "rows of a block divide evenly");
   const int head = blockIdx.y, b = blockIdx.z, thread = threadIdx.x;
   if (thread == 0) grid_launch_dependents();

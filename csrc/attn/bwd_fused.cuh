@@ -19,22 +19,24 @@
 
 namespace fa3 {
 
-template <int kHeadDim_, class Elem_, bool kWindow_, bool kSoftcap_>
+template <int kHeadDim_, class Elem_, BwdMode kMode>
 struct BwdFusedTraits {
   using Elem = Elem_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kWindow = kWindow_, kSoftcap = kSoftcap_;
-  // 128 x 128 needs 64 registers each for S and dP, which only head dim 64 leaves (dK + dV: one per column).
-  static constexpr int BLOCK_M = kHeadDim == 64 ? 128 : 64, BLOCK_N = 128;
+  static constexpr bool kWindow = kMode != kBwdPlain, kPacked = kMode >= kBwdPacked, kSoftcap = kMode == kBwdSoftcap;
+  // Scores are computed 64 queries at a time: S, dP and their packed copies are 96 registers beside dK and dV. At
+  // head dim 64 a step takes two such halves, so that dQ has 64 rows for each warpgroup.
+  static constexpr int kHalves = kHeadDim == 64 ? 2 : 1;
+  static constexpr int BLOCK_M = 64 * kHalves, BLOCK_N = 128;
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
   static constexpr int kRegsProducer = 24, kRegsConsumer = 240;
   // Q has a third stage: dK of one step runs on into the next, and holds its Q until then.
   static constexpr int kStagesQ = 3, kStagesDO = 2, kStagesDS = 2;
   static constexpr int kSlabs = ceil_div(kHeadDim, kSlabCols);
-  static constexpr int kScoreRegs = BLOCK_M / 2, kGradRegs = kHeadDim / 2;
+  static constexpr int kScoreRegs = 32, kGradRegs = kHeadDim / 2;
   // dQ of a step is 64 x 64 per warpgroup: rows 64 g at head dim 64, else columns 64 g. At head dim 96 the
   // second half has 32 columns; it is computed in full (K's slab is padded with zeros) and sent in part.
-  static constexpr bool kSplitDqRows = kHeadDim == 64;
+  static constexpr bool kSplitDqRows = kHalves == 2;
   static constexpr int kDqRegs = 32, kDqBytes = 64 * 64 * 4;
   static constexpr int kDqBlockFloats = BLOCK_M * kHeadDim;
   static FA3_HD constexpr int dq_bytes(int g) {
@@ -71,16 +73,6 @@ enum BwdBarrier : int {
   kBarDsWritten = 1,   // both halves of dS are in shared memory
   kBarRowsCleared = 2,  // rows past the end of a packed sequence are zero
   kBarTurn = 3,        // + g: one warpgroup's ordered adding to dK, dV
-};
-
-// Walks (query head, query block) of a tile.
-struct QueryWalk {
-  int m, head;
-  FA3_DEVICE explicit QueryWalk(const KeyTile& t) : m(t.query_begin), head(t.head_q) {}
-  FA3_DEVICE void advance(const KeyTile& t) {
-    if (++m == t.query_end) m = t.query_begin, ++head;
-  }
-  FA3_DEVICE int row_block(const BwdShape& s, const KeyTile& t) const { return head * s.row_blocks + t.row_block + m; }
 };
 
 template <class T>
@@ -137,7 +129,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       for (;;) {
         KeyTile& t = plan.tile[tiles.stage];
         mbar_wait(bar(plan.tile_empty[tiles.stage]), tiles.phase ^ 1);
-        find_key_tile<BLOCK_M, BLOCK_N>(p, next, t);
+        find_key_tile<BLOCK_M, BLOCK_N, T::kPacked>(p, next, t);
         mbar_arrive(bar(plan.tile_full[tiles.stage]));
         tiles.advance();
         if (t.key_block < 0) break;
@@ -259,21 +251,21 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < T::kHeadDim / 16; ++k)
-      Wgmma<Elem, BLOCK_M>::template ss<0, 0>(
+      Wgmma<Elem, 64>::template ss<0, 0>(
           x, descriptor_step(a, k / 4 * BLOCK_N * kSlabBytes + k % 4 * kStepKMajor),
           descriptor_step(b, k / 4 * BLOCK_M * kSlabBytes + k % 4 * kStepKMajor));
     wgmma_commit();
   };
-  // x += A B over the queries of the block: dV = P^T dO, dK = dS^T Q.
+  // x += A B over 64 queries: dV = P^T dO, dK = dS^T Q.
   const auto mma_grad = [&](float (&x)[T::kGradRegs], const uint32_t (&a)[T::kScoreRegs / 2], uint64_t b) {
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < BLOCK_M / 16; ++k)
+    for (int k = 0; k < 4; ++k)
       Wgmma<Elem, T::kHeadDim>::template rs<1>(x, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
                                               descriptor_step(b, k * kStepMNMajor));
     wgmma_commit();
   };
-  // This warpgroup's quarter or half of dQ = dS K over the keys of the tile.
+  // This warpgroup's half of dQ = dS K over the keys of the tile.
   const auto mma_dq = [&](float (&x)[T::kDqRegs], uint64_t a) {
     wgmma_fence();
 #pragma unroll
@@ -292,10 +284,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
   const uint32_t ds_lane = smem_addr(plan.ds) + g * BLOCK_M * kSlabBytes
                            + (8 * (lane >> 4) + (lane & 7)) * kSlabBytes
                            + (((2 * warp16 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
-  const auto store_ds = [&](const uint32_t (&a)[T::kScoreRegs / 2], int stage) {
+  const auto store_ds = [&](const uint32_t (&a)[T::kScoreRegs / 2], int stage, int half) {
 #pragma unroll
-    for (int k = 0; k < BLOCK_M / 16; ++k)
-      stmatrix_x4_trans(ds_lane + stage * T::kDsBytes + k * 16 * kSlabBytes, a[4 * k], a[4 * k + 1], a[4 * k + 2],
+    for (int k = 0; k < 4; ++k)
+      stmatrix_x4_trans(ds_lane + stage * T::kDsBytes + (4 * half + k) * 16 * kSlabBytes, a[4 * k], a[4 * k + 1], a[4 * k + 2],
                         a[4 * k + 3]);
   };
   uint32_t dq_phase = 1;
@@ -320,36 +312,37 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
   };
 
   // Scores start at -LSE / scale and dP at -delta, which saves their subtraction; with softcap tanh comes between.
-  const auto start_scores = [&](float (&s)[T::kScoreRegs], int stage) {
+  constexpr int kHalfTile = 64 * kSlabBytes, kHalfRows = 64 * 4;  // bytes from one half to the next: tiles, statistics
+  const auto start_scores = [&](float (&s)[T::kScoreRegs], int stage, int half) {
     if constexpr (T::kSoftcap) {
 #pragma unroll
       for (int i = 0; i < T::kScoreRegs; ++i) s[i] = 0.f;
     } else {
-      start_at_columns(s, smem_addr(plan.neg_lse[stage]));
+      start_at_columns(s, smem_addr(plan.neg_lse[stage]) + half * kHalfRows);
     }
   };
   // Finite with softcap, where 1 - x^2 must stay finite too; far enough for exp2 to give 0.
   constexpr float kHidden = T::kSoftcap ? -1e18f : -INFINITY;
   // Scores to P, or with softcap to x = tanh(score / cap), from which P and the derivative both follow later.
-  const auto softmax = [&](float (&s)[T::kScoreRegs], int shift, int key0, int seqlen_k, int m) {
+  const auto softmax = [&](float (&s)[T::kScoreRegs], int shift, int key0, int seqlen_k, int m, int half) {
     const Mask mask{shift, p.shape.window_left, p.shape.window_right};
     if constexpr (T::kSoftcap) {
 #pragma unroll
       for (int i = 0; i < T::kScoreRegs; ++i) s[i] = tanh_approx(s[i] * p.shape.softcap_input);
     }
-    mask_transposed<BLOCK_M, T::kWindow>(s, kHidden, mask, key0, seqlen_k, m);
+    mask_transposed<64, T::kWindow>(s, kHidden, mask, key0, seqlen_k, T::kHalves * m + half);
     if constexpr (!T::kSoftcap) {
 #pragma unroll
       for (int i = 0; i < T::kScoreRegs; ++i) s[i] = exp2_approx(s[i] * p.shape.scale_log2);
     }
   };
   // dP - delta to dS, and with softcap x to P.
-  const auto softmax_backward = [&](float (&s)[T::kScoreRegs], float (&dp)[T::kScoreRegs], int q_stage) {
+  const auto softmax_backward = [&](float (&s)[T::kScoreRegs], float (&dp)[T::kScoreRegs], int q_stage, int half) {
     if constexpr (T::kSoftcap) {
 #pragma unroll
       for (int k = 0; k < T::kScoreRegs / 8; ++k) {
         float neg_lse[8];
-        start_at_columns(neg_lse, smem_addr(plan.neg_lse[q_stage]) + k * 64);
+        start_at_columns(neg_lse, smem_addr(plan.neg_lse[q_stage]) + half * kHalfRows + k * 64);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float x = s[8 * k + i];
@@ -382,10 +375,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     for (int i = 0; i < T::kGradRegs; ++i) dk[i] = dv[i] = 0.f;
 
     // Packed sequences: the query block whose last rows belong to somebody else, or -1.
-    const bool packed = p.shape.cu_seqlens_q != nullptr;
-    const int cut_block = packed && seqlen_q % BLOCK_M ? seqlen_q / BLOCK_M : -1;
+    constexpr bool kPacked = T::kPacked;
+    const int cut_block = kPacked && seqlen_q % BLOCK_M ? seqlen_q / BLOCK_M : -1;
     const auto clear_query_rows = [&](int m) {
-      if (m != cut_block) return;
+      if (!kPacked || m != cut_block) return;
       clear_rows<256>(smem_addr(plan.q[q_ring.stage]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M, math_thread);
       clear_rows<256>(smem_addr(plan.dout[do_ring.stage]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M, math_thread);
       fence_proxy_async_shared();
@@ -401,38 +394,57 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
       mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
       const int keys_left = seqlen_k - key_block * BLOCK_N;
-      if (packed && keys_left < BLOCK_N) {
+      if (kPacked && keys_left < BLOCK_N) {
         clear_rows<256>(smem_addr(plan.k), T::kSlabs, BLOCK_N, keys_left, math_thread);
         clear_rows<256>(smem_addr(plan.v), T::kSlabs, BLOCK_N, keys_left, math_thread);
         fence_proxy_async_shared();
         named_sync(kBarRowsCleared, 256);
       }
       clear_query_rows(m);
-      start_scores(s, q_ring.stage);
-      start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage]));
+      const auto start_dp = [&](int half) {
+        start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage]) + half * kHalfRows);
+      };
+      const auto issue_s = [&](int half) {
+        mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes + half * kHalfTile));
+      };
+      const auto issue_dp = [&](int half) {
+        mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kQueryTileBytes + half * kHalfTile));
+      };
+      const auto next_block = [&] {
+        q_ring.advance(), do_ring.advance();
+        if (++m == query_end) m = query_begin;
+      };
+      const auto await_block = [&] {
+        mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
+        mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
+        clear_query_rows(m);
+      };
+      uint32_t p16[T::kScoreRegs / 2], ds16[T::kScoreRegs / 2];
+      float dq[T::kDqRegs];
+
+      start_scores(s, q_ring.stage, 0);
+      start_dp(0);
       pin(s), pin(dp);
-      mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes));
-      mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kQueryTileBytes));
+      issue_s(0);
+      issue_dp(0);
       wgmma_wait<1>(), pin(s);
-      softmax(s, shift, key0, seqlen_k, m);
+      softmax(s, shift, key0, seqlen_k, m, 0);
       pin(s);
 
-      // One step. On entry: P of its block in s, dP on its way. Before leaving it queues S and dP of the next
-      // block behind its own dK, so that the tensor cores never see the softmax.
+      // One step. On entry: P of its (first half) block in s, dP on its way. Before leaving it queues S and dP of the
+      // next block behind its own dK, so that the tensor cores never see the softmax. What is read from shared memory
+      // is read before S and dP are issued: such reads queue behind wgmma that have shared-memory operands.
       const auto step = [&](auto is_last) {
         constexpr bool kLast = decltype(is_last)::value;
-        float dq[T::kDqRegs];
-        uint32_t p16[T::kScoreRegs / 2], ds16[T::kScoreRegs / 2];
         const int q_stage = q_ring.stage, do_stage = do_ring.stage;
         wgmma_wait<0>(), pin(dp);
         if constexpr (kLast) arrive(plan.v_empty);
-        softmax_backward(s, dp, q_stage);
+        softmax_backward(s, dp, q_stage, 0);
         pack_all<Elem>(s, p16);
         pack_all<Elem>(dp, ds16);
-        store_ds(ds16, ds_stage);
+        store_ds(ds16, ds_stage, 0);
         mma_grad(dv, p16, descriptor_step(do_cols, do_stage * T::kQueryTileBytes));
-        q_ring.advance(), do_ring.advance();
-        if (++m == query_end) m = query_begin;
+        next_block();
         fence_proxy_async_shared();
         named_sync(kBarDsWritten, 256);
         mma_dq(dq, descriptor_step(ds_rows, ds_stage * T::kDsBytes));
@@ -440,11 +452,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         wgmma_wait<1>();  // dV
         arrive(plan.do_empty[do_stage]);
         mma_grad(dk, ds16, descriptor_step(q_cols, q_stage * T::kQueryTileBytes));
-        if constexpr (!kLast) {
-          mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
-          mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
-          clear_query_rows(m);
-        }
+        if constexpr (!kLast) await_block();
         await_dq_buffer();
         if constexpr (kLast) {
           wgmma_wait<1>(), pin(dq);
@@ -453,38 +461,90 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           wgmma_wait<0>();
           arrive(plan.q_empty[q_stage]);
           arrive(plan.k_empty);
-        } else if constexpr (T::kHeadDim == 64) {
-          // S of the next block takes the registers of P and dP; dP has none until dK is done with dS.
-          start_scores(s, q_ring.stage), pin(s);
-          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes));
-          wgmma_wait<2>(), pin(dq);
-          store_dq(dq);
-          send_dq();
-          wgmma_wait<1>();  // dK
-          arrive(plan.q_empty[q_stage]);
-          start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage])), pin(dp);
-          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kQueryTileBytes));
-          wgmma_wait<1>(), pin(s);
-          softmax(s, shift, key0, seqlen_k, m);
-          pin(s);
         } else {
-          // Shared-memory reads queue behind issued wgmma: take the statistics before S and dP go out.
-          start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage])), pin(dp);
+          start_dp(0), pin(dp);
           wgmma_wait<1>(), pin(dq);
           store_dq(dq);
-          start_scores(s, q_ring.stage), pin(s);
-          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes));
-          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kQueryTileBytes));
+          start_scores(s, q_ring.stage, 0), pin(s);
+          issue_s(0);
+          issue_dp(0);
           send_dq();  // its proxy fence takes a while: under the MMAs
           wgmma_wait<1>(), pin(s);  // dK and S
           arrive(plan.q_empty[q_stage]);
-          softmax(s, shift, key0, seqlen_k, m);
+          softmax(s, shift, key0, seqlen_k, m, 0);
           pin(s);
         }
       };
+      // One step of two halves. Here S of the next half goes first and its softmax runs under this half's dV and dK,
+      // and under dQ of the whole block, whose result is sent a half later.
+      const auto double_step = [&](auto is_last, bool sends) {
+        constexpr bool kLast = decltype(is_last)::value;
+        const int q_stage = q_ring.stage, do_stage = do_ring.stage;
+        const uint64_t q_half = descriptor_step(q_cols, q_stage * T::kQueryTileBytes);
+        const uint64_t do_half = descriptor_step(do_cols, do_stage * T::kQueryTileBytes);
+        softmax_backward(s, dp, q_stage, 0);
+        pack_all<Elem>(s, p16);
+        pack_all<Elem>(dp, ds16);
+        store_ds(ds16, ds_stage, 0);
+        start_scores(s, q_stage, 1), pin(s);
+        start_dp(1), pin(dp);
+        issue_s(1);
+        mma_grad(dv, p16, do_half);
+        mma_grad(dk, ds16, q_half);
+        issue_dp(1);
+        if (sends) {  // dQ of the block before
+          await_dq_buffer();
+          store_dq(dq);
+          send_dq();
+        }
+        wgmma_wait<3>(), pin(s);
+        softmax(s, shift, key0, seqlen_k, m, 1);
+        pin(s);
+        wgmma_wait<0>(), pin(dp);
+        if constexpr (kLast) arrive(plan.v_empty);
+        softmax_backward(s, dp, q_stage, 1);
+        pack_all<Elem>(s, p16);
+        pack_all<Elem>(dp, ds16);
+        store_ds(ds16, ds_stage, 1);
+        next_block();
+        if constexpr (!kLast) {
+          await_block();
+          start_scores(s, q_ring.stage, 0), pin(s);
+          start_dp(0), pin(dp);
+          issue_s(0);
+        }
+        mma_grad(dv, p16, descriptor_step(do_half, 4 * kStepMNMajor));
+        mma_grad(dk, ds16, descriptor_step(q_half, 4 * kStepMNMajor));
+        if constexpr (!kLast) issue_dp(0);
+        fence_proxy_async_shared();
+        named_sync(kBarDsWritten, 256);
+        mma_dq(dq, descriptor_step(ds_rows, ds_stage * T::kDsBytes));
+        ds_stage ^= 1;
+        if constexpr (!kLast) {
+          wgmma_wait<4>(), pin(s);
+          softmax(s, shift, key0, seqlen_k, m, 0);
+          pin(s);
+        }
+        wgmma_wait<0>(), pin(dp), pin(dq);
+        arrive(plan.q_empty[q_stage]);
+        arrive(plan.do_empty[do_stage]);
+        if constexpr (kLast) {
+          arrive(plan.k_empty);
+          await_dq_buffer();
+          store_dq(dq);
+          send_dq();
+        }
+      };
+      if constexpr (T::kHalves == 1) {
 #pragma unroll 1
-      for (int i = 1; i < steps; ++i) step(Constant<false>{});
-      step(Constant<true>{});
+        for (int i = 1; i < steps; ++i) step(Constant<false>{});
+        step(Constant<true>{});
+      } else {
+        wgmma_wait<0>(), pin(dp);
+#pragma unroll 1
+        for (int i = 1; i < steps; ++i) double_step(Constant<false>{}, i > 1);
+        double_step(Constant<true>{}, steps > 1);
+      }
       pin(dk), pin(dv);
     }
 

@@ -3,7 +3,9 @@
 #pragma once
 #include "attn/bwd_around.cuh"
 #include "attn/bwd_fused.cuh"
+#include "attn/bwd_keys.cuh"
 #include "attn/bwd_plan.h"
+#include "attn/bwd_queries.cuh"
 #include "host.h"
 
 namespace fa3 {
@@ -88,6 +90,7 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   m.work = {floats(plan.neg_lse), floats(plan.neg_delta), plan.two_pass ? nullptr : floats(plan.dq),
             ints(plan.tile_counter), ints(plan.dq_order), ints(plan.dkv_order)};
   m.order = plan.order;
+  m.query_order = plan.query_order;
   m.heads_per_tile = plan.heads_per_tile;
   m.ordered_dkv = plan.ordered_dkv;
   m.deterministic = a.deterministic && !plan.two_pass;
@@ -157,31 +160,67 @@ inline dim3 prepare_grid(const BwdLaunch& launch) {
   return dim3(g.x > 0 ? g.x : 1, g.y, g.z);
 }
 
+inline BwdMode mode_of(const BwdCall& call) {
+  return call.params->softcap > 0.f ? kBwdSoftcap : call.params->cu_seqlens_q ? kBwdPacked
+       : call.plan.window           ? kBwdWindow  : kBwdPlain;
+}
+
 template <class T>
-int launch_fused_kernel(const BwdCall& call, const BwdLaunch& launch) {
-  const int tiles = tile_count(call.plan.order);
-  const auto kernel = bwd_fused<T>;
+int launch_tiles(void (*kernel)(BwdKernelParams), const BwdCall& call, const BwdLaunch& launch, const TileOrder& order,
+                 const char* name) {
+  const int tiles = tile_count(order);
   FA3_TRY(allow_shared_memory(reinterpret_cast<const void*>(kernel), T::kSharedBytes));
   return launch_kernel(kernel, launch.main, dim3(tiles < call.sm_count ? tiles : call.sm_count), T::kThreads,
-                       T::kSharedBytes, launch.stream, true, "bwd_fused");
+                       T::kSharedBytes, launch.stream, true, name);
+}
+
+template <int kHeadDim, class Elem, BwdMode kMode>
+int launch_fused_kernel(const BwdCall& call, const BwdLaunch& launch) {
+  using T = BwdFusedTraits<kHeadDim, Elem, kMode>;
+  return launch_tiles<T>(bwd_fused<T>, call, launch, call.plan.order, "bwd_fused");
 }
 
 template <int kHeadDim, class Elem>
 int launch_bwd_fused(const BwdCall& call) {
-  using Any = BwdFusedTraits<kHeadDim, Elem, false, false>;
+  using Any = BwdFusedTraits<kHeadDim, Elem, kBwdPlain>;
   constexpr int kLanes = kHeadDim == 64 ? 8 : 16;
   BwdLaunch launch;
   FA3_TRY(prepare_launch(call, &launch));
-  launch.around.transposed_statistics = 1;
   FA3_TRY(launch_kernel(bwd_prepare<Elem, Any::BLOCK_M, kLanes, Any::kDqBlockFloats>, launch.around,
                         prepare_grid(launch), kAroundThreads, 0, launch.stream, false, "bwd_prepare"));
-  const bool softcap = call.params->softcap > 0.f, window = call.plan.window;
-  if (softcap) FA3_TRY((launch_fused_kernel<BwdFusedTraits<kHeadDim, Elem, true, true>>(call, launch)));
-  else if (window) FA3_TRY((launch_fused_kernel<BwdFusedTraits<kHeadDim, Elem, true, false>>(call, launch)));
-  else FA3_TRY((launch_fused_kernel<BwdFusedTraits<kHeadDim, Elem, false, false>>(call, launch)));
+  switch (mode_of(call)) {
+    case kBwdPlain: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdPlain>(call, launch))); break;
+    case kBwdWindow: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdWindow>(call, launch))); break;
+    case kBwdPacked: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdPacked>(call, launch))); break;
+    case kBwdSoftcap: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdSoftcap>(call, launch))); break;
+  }
   FA3_TRY(launch_kernel(bwd_finish_dq<Elem, Any::BLOCK_M, kHeadDim>, launch.around, launch.row_grid, kAroundThreads, 0,
                         launch.stream, true, "bwd_finish_dq"));
   return finish_launch<Elem, Any::BLOCK_M>(call, launch);
+}
+
+template <int kDimQK, int kDimV, class Elem, BwdMode kMode>
+int launch_pass_kernels(const BwdCall& call, const BwdLaunch& launch) {
+  using Keys = BwdKeysTraits<kDimQK, kDimV, Elem, kMode>;
+  using Queries = BwdQueriesTraits<kDimQK, kDimV, Keys::BLOCK_M, Elem, kMode>;
+  FA3_TRY(launch_tiles<Keys>(bwd_keys<Keys>, call, launch, call.plan.order, "bwd_keys"));
+  return launch_tiles<Queries>(bwd_queries<Queries>, call, launch, call.plan.query_order, "bwd_queries");
+}
+
+template <int kDimQK, int kDimV, class Elem>
+int launch_bwd_two_pass(const BwdCall& call) {
+  using Keys = BwdKeysTraits<kDimQK, kDimV, Elem, kBwdPlain>;
+  BwdLaunch launch;
+  FA3_TRY(prepare_launch(call, &launch));
+  FA3_TRY(launch_kernel(bwd_prepare<Elem, Keys::BLOCK_M, kDimV == 128 ? 16 : 32, 0>, launch.around,
+                        prepare_grid(launch), kAroundThreads, 0, launch.stream, false, "bwd_prepare"));
+  switch (mode_of(call)) {
+    case kBwdPlain: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdPlain>(call, launch))); break;
+    case kBwdWindow: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdWindow>(call, launch))); break;
+    case kBwdPacked: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdPacked>(call, launch))); break;
+    case kBwdSoftcap: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdSoftcap>(call, launch))); break;
+  }
+  return finish_launch<Elem, Keys::BLOCK_M>(call, launch);
 }
 
 }  // namespace fa3

@@ -6,6 +6,15 @@
 
 namespace fa3 {
 
+// What a kernel is compiled for; each serves all that the ones before it do. A branch that never runs still costs:
+// with the packed code in it, the plain loop at head dim 128 was 6 % slower.
+enum BwdMode : int {
+  kBwdPlain,    // dense, no bound
+  kBwdWindow,   // dense, causal or a window
+  kBwdPacked,   // packed sequences
+  kBwdSoftcap,
+};
+
 // One output with its strides. 16-bit or FP32 as its user says.
 struct GradTensor {
   void* ptr;
@@ -31,7 +40,7 @@ struct BwdWorkspace {
   float* neg_lse;    // [heads_q * row_blocks][block_m]: see bwd_prepare for units; -inf: the row has no P
   float* neg_delta;  // likewise; -(rowsum(dO * O) - dLSE)
   float* dq;         // [heads_q * row_blocks][fragment order], zeroed by bwd_prepare; NULL in the two-pass kernels
-  int* tile_counter;
+  int* tile_counter;  // [2]: key tiles, query tiles
   int* dq_order;   // [heads_q * row_blocks]: key tiles added so far, deterministic only
   int* dkv_order;  // [2 * tiles of one query-head share]: heads of the group added so far, see BwdKernelParams
 };
@@ -40,7 +49,8 @@ struct BwdKernelParams {
   CUtensorMap q, k, v, dout;  // {head dim, tokens, heads, batch}; packed: batch 1
   BwdShape shape;
   BwdWorkspace work;
-  TileOrder order;
+  TileOrder order;        // of key tiles
+  TileOrder query_order;  // two-pass kernels: of query tiles
   GradTensor dk, dv;    // (B, Sk, heads_k, D): 16-bit, or FP32 to add to (dkv_fp32)
   GradTensor dq;        // two-pass kernels only: 16-bit, or FP32 to add to (dq_fp32)
   int heads_per_tile;   // query heads one CTA loops over: the whole group, or 1
@@ -63,6 +73,17 @@ struct alignas(16) KeyTile {
   int seqlen_q, seqlen_k;
   int order_slot;   // of dkv_order
   int steps;        // (query head, query block) pairs
+};
+
+// One tile of bwd_queries. row_block counts blocks of the statistics, not of the tiles.
+struct alignas(16) QueryTile {
+  int query_block;  // within its sequence; < 0: no more tiles
+  int batch;
+  int head_q, head_k;
+  int key_begin, key_end;  // key blocks
+  int query_row, key_row;
+  int row_block;
+  int seqlen_q, seqlen_k;
 };
 
 }  // namespace fa3

@@ -52,7 +52,11 @@ constexpr Bucket kBuckets[] = {
     {64, 64, false, {128, 128}},
     {96, 96, false, {64, 128}},
     {128, 128, false, {64, 128}},
+    {192, 128, true, {96, 64}},
+    {192, 192, true, {96, 64}},
+    {256, 256, true, {64, 64}},
 };
+constexpr int kQueryTile = 128;  // rows of a tile of the second pass
 
 }  // namespace
 
@@ -103,8 +107,20 @@ int plan_bwd(const char* f, const fa3_attn_bwd_params& a, int sm_count, BwdPlan*
   if (p.window && !packed)
     while (p.order.section * 2 * head_bytes <= kSectionBytes && p.order.section * 2 <= p.order.num_heads)
       p.order.section *= 2;
+  if (p.two_pass) {
+    // K and V of the heads in a section share L2. Later queries see more keys: longest first is descending.
+    TileOrder& q = p.query_order;
+    q.num_heads = packed ? a.heads_q : a.heads_q * a.batch;
+    q.num_key_blocks = packed ? packed_blocks(a.total_q, a.batch, kQueryTile) : ceil_div(a.seqlen_q, kQueryTile);
+    q.section = 1;
+    q.descending = p.window_right != kUnbounded;
+    const int64_t kv_bytes = int64_t(a.seqlen_k) * 2 * (p.head_dim_qk + p.head_dim_v);
+    while (p.window && !packed && (q.section * 2 + group - 1) / group * kv_bytes <= kSectionBytes
+           && q.section * 2 <= q.num_heads)
+      q.section *= 2;
+  }
   // In-order sums: with a right bound a tile meets its first query blocks long before the tiles of lower keys do.
-  p.order.descending = a.deterministic && p.window_right != kUnbounded;
+  p.order.descending = a.deterministic && !p.two_pass && p.window_right != kUnbounded;
   if (int64_t(p.order.num_heads) * p.order.num_key_blocks > (int64_t(1) << 30)
       || int64_t(p.row_blocks) * a.heads_q > (int64_t(1) << 30))
     return fail(FA3_UNSUPPORTED, "%s: more than 2^30 blocks (batch %d, heads_q %d, seqlen_q %d, seqlen_k %d)", f, a.batch,

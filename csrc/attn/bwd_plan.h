@@ -21,7 +21,8 @@ struct BwdPlan {
   bool ordered_dkv;   // several thread blocks add to FP32, in order
   bool rounded_dkv;   // ... in the workspace, and bwd_round_dkv rounds
   int row_blocks;
-  TileOrder order;
+  TileOrder order;        // key tiles
+  TileOrder query_order;  // query tiles of the second pass
   // Workspace: byte offsets. [zero, zero + zero_bytes) must be zero when the main kernel starts.
   int64_t dq, neg_lse, neg_delta, sink_parts;
   int64_t zero, tile_counter, dq_order, dkv_order, dk_sum, dv_sum;

@@ -17,14 +17,19 @@ constexpr int kSlabCols = 64;
 constexpr int kStepKMajor = 32;               // bytes from one 16-deep k-step to the next, K-major inside a slab
 constexpr int kStepMNMajor = 16 * kSlabBytes;  // MN-major
 
+// Compile-time arguments of generic lambdas.
 template <bool v>
 struct Constant {
   static constexpr bool value = v;
 };
+template <int v>
+struct Number {
+  static constexpr int value = v;
+};
 
 // Key tile number `index` of the launch into shared memory, field by field. Runs in one thread; the binary search
 // is over cumulative lengths.
-template <int BLOCK_M, int BLOCK_N>
+template <int BLOCK_M, int BLOCK_N, bool kPacked>
 FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
   const BwdShape& s = p.shape;
   if (index >= tile_count(p.order)) {
@@ -33,7 +38,7 @@ FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
   }
   const TileName name = tile_name(p.order, index);
   int share = name.head, key_block = name.key_block, slot = name.key_block;
-  if (s.cu_seqlens_q == nullptr) {
+  if (!kPacked || s.cu_seqlens_q == nullptr) {
     const int shares = s.heads_q / p.heads_per_tile, b = share / shares;
     share -= b * shares;
     slot += b * p.order.num_key_blocks;
@@ -72,6 +77,62 @@ FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
   t.query_end = range.begin + range.size();
   t.steps = range.size() * p.heads_per_tile;
 }
+
+// Query tile number `index`: as find_key_tile, with the roles exchanged.
+template <int kStatRows, int BLOCK_M, int BLOCK_N, bool kPacked>
+FA3_DEVICE void find_query_tile(const BwdKernelParams& p, int index, QueryTile& t) {
+  const BwdShape& s = p.shape;
+  if (index >= tile_count(p.query_order)) {
+    t.query_block = -1;
+    return;
+  }
+  const TileName name = tile_name(p.query_order, index);
+  int head_q = name.head, query_block = name.key_block;
+  if (!kPacked || s.cu_seqlens_q == nullptr) {
+    const int b = head_q / s.heads_q;
+    head_q -= b * s.heads_q;
+    t.batch = b;
+    t.query_row = t.key_row = 0;
+    t.seqlen_q = s.seqlen_q;
+    t.seqlen_k = s.seqlen_k;
+    t.row_block = b * ceil_div(s.seqlen_q, kStatRows);
+  } else {
+    int b = 0, above = s.batch;
+    while (above - b > 1) {
+      const int middle = (b + above) / 2;
+      if (first_block(__ldg(s.cu_seqlens_q + middle), middle, BLOCK_M) <= query_block) b = middle;
+      else above = middle;
+    }
+    const int query_row = __ldg(s.cu_seqlens_q + b), key_row = __ldg(s.cu_seqlens_k + b);
+    t.batch = 0;
+    t.query_row = query_row;
+    t.key_row = key_row;
+    t.seqlen_q = __ldg(s.cu_seqlens_q + b + 1) - query_row;
+    t.seqlen_k = __ldg(s.cu_seqlens_k + b + 1) - key_row;
+    t.row_block = first_block(query_row, b, kStatRows);
+    query_block -= first_block(query_row, b, BLOCK_M);
+  }
+  t.query_block = query_block;
+  t.head_q = head_q;
+  t.head_k = head_q / (s.heads_q / s.heads_k);
+  const int seqlen_q = t.seqlen_q, seqlen_k = t.seqlen_k;
+  const Mask mask{seqlen_k - seqlen_q, s.window_left, s.window_right};
+  const BlockRange range = query_block * BLOCK_M < seqlen_q
+      ? key_blocks({BLOCK_M, BLOCK_N}, mask, query_block, ceil_div(seqlen_k, BLOCK_N))
+      : BlockRange{0, 0};
+  t.key_begin = range.begin;
+  t.key_end = range.begin + range.size();
+}
+
+// Walks (query head, query block) of a tile.
+struct QueryWalk {
+  int m, head;
+  FA3_DEVICE explicit QueryWalk(const KeyTile& t) : m(t.query_begin), head(t.head_q) {}
+  FA3_DEVICE void advance(const KeyTile& t) {
+    if (++m == t.query_end) m = t.query_begin, ++head;
+  }
+  FA3_DEVICE int row_block(const BwdShape& s, const KeyTile& t) const { return head * s.row_blocks + t.row_block + m; }
+};
 
 // Accumulators of a transposed score tile start at a statistic of their column (statistics_slot order).
 template <int N>

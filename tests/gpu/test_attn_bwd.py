@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import fa3_train
+import fa3_train.ops.attention  # registers torch.ops.fa3_train.*
 from fa3_train import numerics, reference
 
 pytestmark = pytest.mark.gpu
