@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pass", dest="passes", nargs="+", choices=sorted(PASS_FACTOR), default=["fwd"]
     )
     parser.add_argument("--dtype", choices=[*DTYPES, "fp8"], default="bf16")
-    parser.add_argument("--peers", nargs="+", choices=NAMES, default=["ours", "fa3", "cudnn"])
+    parser.add_argument(
+        "--peers", nargs="+", metavar="NAME",
+        help=f"from {', '.join(NAMES)} (default: ours fa3 cudnn); fp8: ours ours-full fa3 (all)",
+    )  # fmt: skip
     parser.add_argument(
         "--cells", nargs="+", metavar="WORDS",
         help="only cells whose name holds all words of one of these, e.g. 'd128 causal' S8192",
@@ -65,12 +68,12 @@ def select(suite: str, patterns: list[str] | None) -> list[Cell]:
 
 
 def build_calls(
-    peers: list[Peer], cell: Cell, x: Inputs, which: str
+    peers: list[Peer], cell: Cell, x: Inputs, which: str, agreement: float = numerics.AGREEMENT
 ) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
     """What runs, and what does not with the reason.
 
     The first peer's results are the yardstick: another's that differ by more than two
-    implementations may (numerics.AGREEMENT) are reported and not timed.
+    implementations may (``agreement``, relative RMS) are reported and not timed.
     """
     calls: dict[str, Call] = {}
     report: dict[str, dict[str, Any]] = {}
@@ -94,7 +97,7 @@ def build_calls(
             error = max(
                 numerics.relative_rms_error(a, b) for a, b in zip(result, expected, strict=False)
             )
-            if not error <= numerics.AGREEMENT:
+            if not error <= agreement:
                 report[peer.name] = {"disagrees": f"relative RMS difference {error:.2e}"}
                 continue
         calls[peer.name] = call
@@ -102,11 +105,12 @@ def build_calls(
 
 
 def measure_cell(
-    timer: Timer, peers: list[Peer], cell: Cell, dtype: torch.dtype, which: str, reps: int
+    timer: Timer, peers: list[Peer], cell: Cell, dtype: str, which: str, reps: int
 ) -> dict[str, Any]:
     """One row of the result."""
-    x = make_inputs(cell, dtype, timer.device)
-    calls, report = build_calls(peers, cell, x, which)
+    x = make_inputs(cell, DTYPES.get(dtype, torch.bfloat16), timer.device)
+    agreement = numerics.AGREEMENT_FP8 if dtype == "fp8" else numerics.AGREEMENT
+    calls, report = build_calls(peers, cell, x, which, agreement)
     flops = cell.flops(which)
     for name, timing in timer.measure(calls, reps).items():
         report[name] = {
@@ -157,22 +161,21 @@ def main(args: argparse.Namespace) -> int:
         print(f"--cells {args.cells} matches none of:\n  {names}", file=sys.stderr)
         return 2
     if args.dtype == "fp8":
-        from fa3_train.bench.peers_fp8 import make_peers_fp8
+        from fa3_train.bench import peers_fp8
 
-        peers = make_peers_fp8(args.peers, args.fa3_library)
+        peers = peers_fp8.make_peers_fp8(args.peers or list(peers_fp8.NAMES), args.fa3_library)
         if args.passes != ["fwd"]:
             print("--dtype fp8 measures the forward: --pass fwd", file=sys.stderr)
             return 2
     else:
-        peers = make_peers(args.peers, args.fa3_library)
+        peers = make_peers(args.peers or ["ours", "fa3", "cudnn"], args.fa3_library)
     timer = Timer()
-    dtype = DTYPES.get(args.dtype, torch.bfloat16)
     result: dict[str, Any] = {
         "what": "attention", "command": args.command, "suite": args.suite, "dtype": args.dtype,
         "reps": args.reps, "peers": [p.name for p in peers], "machine": tables.machine(),
-        "ceilings": {} if args.no_ceilings else ceilings(timer, dtype),
+        "ceilings": {} if args.no_ceilings else ceilings(timer, DTYPES.get(args.dtype, torch.bfloat16)),
         "cells": [
-            measure_cell(timer, peers, cell, dtype, which, args.reps)
+            measure_cell(timer, peers, cell, args.dtype, which, args.reps)
             for which in args.passes
             for cell in cells
         ],

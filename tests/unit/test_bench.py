@@ -10,7 +10,7 @@ import torch
 
 from fa3_train import reference
 from fa3_train.bench import __main__ as cli
-from fa3_train.bench import attention, cells, peers, plot, tables, timing
+from fa3_train.bench import attention, cells, peers, peers_fp8, plot, tables, timing
 from fa3_train.bench.cells import Cell
 
 
@@ -122,6 +122,8 @@ def test_peers_say_why_they_cannot():
     assert "--fa3-library" in peers.Fa3().missing()
     with pytest.raises(ValueError, match="--peers: must be from"):
         peers.make_peers(["fa5"])
+    with pytest.raises(ValueError, match="--peers with --dtype fp8: must be from"):
+        peers_fp8.make_peers_fp8(["cudnn"])
 
 
 def result():
