@@ -67,7 +67,9 @@ class Case:
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     """Random values in a view whose surroundings (other columns, heads, rows) are NaN."""
     *outer, tokens, heads, dim = shape
-    buffer = torch.full((*outer, tokens + 3, heads + 1, dim + 8), math.nan, dtype=dtype, device="cuda")
+    buffer = torch.full(
+        (*outer, tokens + 3, heads + 1, dim + 8), math.nan, dtype=dtype, device="cuda"
+    )
     view = buffer[..., 1 : tokens + 1, :heads, :dim]
     view.copy_(torch.randn(shape, device="cuda") * scale)
     return view
@@ -131,7 +133,9 @@ def truth_and_baseline(case: Case, x: Inputs):
     dlse = x.dlse
     if dlse is not None and case.tail_rows:
         dlse = dlse[:, : -case.tail_rows]
-    out, lse, truth = reference.attention_gradients(dout, q, k, v, dlse=dlse, sink=x.sink, **options)
+    out, lse, truth = reference.attention_gradients(
+        dout, q, k, v, dlse=dlse, sink=x.sink, **options
+    )
     *_, baseline = reference.attention_gradients(
         dout, q, k, v, dlse=dlse, sink=x.sink, emulated=True, **options
     )
@@ -152,7 +156,9 @@ def rounded_forward(case: Case, x: Inputs, out: torch.Tensor, lse: torch.Tensor)
     full[: out.shape[0]] = out.to(case.dtype)
     saved_lse = lse.float()
     if case.tail_rows:
-        saved_lse = torch.cat([saved_lse, saved_lse.new_full((case.heads, case.tail_rows), math.nan)], 1)
+        saved_lse = torch.cat(
+            [saved_lse, saved_lse.new_full((case.heads, case.tail_rows), math.nan)], 1
+        )
     return full, saved_lse.contiguous()
 
 
@@ -226,7 +232,9 @@ def cases() -> list[Case]:
             replace(base, sink=True, seqlen_q=450, seqlen_k=200),
             replace(base, dlse=True, causal=False, groups=1),
             replace(base, deterministic=True, causal=False),
-            replace(base, deterministic=True, batch=1, heads=6, groups=3, seqlen_q=900, seqlen_k=900),
+            replace(
+                base, deterministic=True, batch=1, heads=6, groups=3, seqlen_q=900, seqlen_k=900
+            ),
         ]
         packed = replace(base, lengths=PACKED, tail_rows=5)
         found += [
@@ -275,7 +283,9 @@ def test_accumulate_adds_to_what_is_there(dim: int, options: int) -> None:
         x.dout, x.q, x.k, x.v, *saved, None, None, None, None, *sums, None, x.max_q, x.max_k,
         dim**-0.5, True, -1, -1, 0.0, False, options,
     )  # fmt: skip
-    for name, got, start, t, b in zip(("dq", "dk", "dv"), sums, starts, truth, baseline, strict=False):
+    for name, got, start, t, b in zip(
+        ("dq", "dk", "dv"), sums, starts, truth, baseline, strict=False
+    ):
         numerics.assert_as_good(got - start, t, b, "accum", name)
 
 
@@ -331,7 +341,9 @@ def test_thousand_repeats(dim: int) -> None:
 def test_through_autograd(dim: int, causal: bool) -> None:
     """flash_attn_func end to end; dout arrives transposed, as an out.transpose(1, 2) upstream makes it."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 300, h, dim, device="cuda").bfloat16().requires_grad_() for h in (4, 2, 2))
+    q, k, v = (
+        torch.randn(2, 300, h, dim, device="cuda").bfloat16().requires_grad_() for h in (4, 2, 2)
+    )
     dout = torch.randn(2, 4, 300, dim, device="cuda").bfloat16().transpose(1, 2)
     out = fa3_train.flash_attn_func(q, k, v, causal=causal, backend="hopper")
     out.backward(dout)
