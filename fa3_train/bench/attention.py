@@ -170,10 +170,11 @@ def main(args: argparse.Namespace) -> int:
     else:
         peers = make_peers(args.peers or ["ours", "fa3", "cudnn"], args.fa3_library)
     timer = Timer()
+    limits = {} if args.no_ceilings else ceilings(timer, DTYPES.get(args.dtype, torch.bfloat16))
     result: dict[str, Any] = {
         "what": "attention", "command": args.command, "suite": args.suite, "dtype": args.dtype,
         "reps": args.reps, "peers": [p.name for p in peers], "machine": tables.machine(),
-        "ceilings": {} if args.no_ceilings else ceilings(timer, DTYPES.get(args.dtype, torch.bfloat16)),
+        "ceilings": limits,
         "cells": [
             measure_cell(timer, peers, cell, args.dtype, which, args.reps)
             for which in args.passes
