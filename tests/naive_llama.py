@@ -63,16 +63,30 @@ def product(x, weight):
     return x @ weight.T
 
 
-def fp8_product(x, weight):
-    """Both factors through e4m3, with one scale for the whole tensor that maps its largest
-    magnitude to 448; gradients pass straight through."""
-    return product(_through_e4m3(x), _through_e4m3(weight))
+class _FP8Product(torch.autograd.Function):
+    """x @ weight.T with factors through e4m3, and the incoming gradient through e5m2."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        x, weight = through_fp8(x, torch.float8_e4m3fn), through_fp8(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = through_fp8(grad, torch.float8_e5m2)
+        return grad @ weight, grad.T @ x
 
 
-def _through_e4m3(x):
-    scale = 448.0 / x.detach().abs().max().float()
-    rounded = (x.detach().float() * scale).to(torch.float8_e4m3fn).float() / scale
-    return x + (rounded.to(x.dtype) - x.detach())
+fp8_product = _FP8Product.apply
+
+
+def through_fp8(x, kind):
+    """Rounded to FP8 with one scale for the tensor, which maps its largest magnitude to the
+    format's."""
+    scale = torch.finfo(kind).max / x.abs().max().float()
+    return ((x.float() * scale).to(kind).float() / scale).to(x.dtype)
 
 
 def layer(x, lengths, w, config, mm=product):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,16 +112,15 @@ class TransformerLayer(nn.Module):
         `position_ids`, int (B, S) or (T,), default to 0, 1, ... in each sequence or document.
         """
         arguments = (x, position_ids, cu_seqlens, max_seqlen)
-        with self._precision():
-            if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
-                return self._run(*arguments)
-            extra: dict[str, Any] = {}
-            if self.activation_checkpointing == "selective":
-                extra["context_fn"] = _keep_attention
-            # The layer draws no random numbers: there is no generator state to put back.
-            return checkpoint(
-                self._run, *arguments, use_reentrant=False, preserve_rng_state=False, **extra
-            )
+        if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
+            return self._run(*arguments)
+        extra: dict[str, Any] = {}
+        if self.activation_checkpointing == "selective":
+            extra["context_fn"] = _keep_attention
+        # The layer draws no random numbers: there is no generator state to put back.
+        return checkpoint(
+            self._run, *arguments, use_reentrant=False, preserve_rng_state=False, **extra
+        )
 
     def _run(
         self,
@@ -132,10 +129,13 @@ class TransformerLayer(nn.Module):
         cu_seqlens: torch.Tensor | None,
         max_seqlen: int | None,
     ) -> torch.Tensor:
-        x = x + self.attention(
-            x, position_ids=position_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
-        )
-        return x + self.mlp(x)
+        # Inside of what checkpointing runs again: torch restores its own autocast there, but not
+        # TransformerEngine's.
+        with self._precision():
+            x = x + self.attention(
+                x, position_ids=position_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+            )
+            return x + self.mlp(x)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.linear != "te_fp8":
@@ -148,33 +148,31 @@ class TransformerLayer(nn.Module):
         return te.autocast(self.linear, self.te_recipe)
 
 
-@functools.cache
-def attention_ops() -> frozenset[Any]:
-    """The operators whose results "selective" keeps: ours, and those behind torch's SDPA."""
-    names = {
-        "fa3_train": ("attn_fwd", "attn_fp8_fwd"),
-        "aten": (
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_efficient_attention",
-            "_scaled_dot_product_cudnn_attention",
-            "_scaled_dot_product_flash_attention_for_cpu",
-        ),
+# The operators whose results "selective" keeps: ours, and those behind torch's attention. By name,
+# because torch registers some of them only when they are first used.
+_ATTENTION_OPERATORS = frozenset(
+    {
+        "fa3_train::attn_fwd",
+        "fa3_train::attn_fp8_fwd",
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "torch_attn::_varlen_attn",
     }
-    found = set()
-    for space, operators in names.items():
-        for name in operators:
-            packet = getattr(getattr(torch.ops, space), name, None)
-            if packet is not None:
-                found.add(packet.default)
-    return frozenset(found)
+)
+
+
+def is_attention(operator: Any) -> bool:
+    """Whether a torch operator computes attention."""
+    schema = getattr(operator, "_schema", None)
+    return schema is not None and schema.name in _ATTENTION_OPERATORS
 
 
 def _keep_attention() -> tuple[Any, Any]:
-    keep = attention_ops()
-
-    def policy(context: Any, operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return (
-            CheckpointPolicy.MUST_SAVE if operator in keep else CheckpointPolicy.PREFER_RECOMPUTE
-        )
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if is_attention(operator):
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

@@ -101,11 +101,11 @@ def batch_of(config, tokens=300):
     return next(DataLoader(source, 1, prefetch=0))
 
 
-def run(model, batch):
+def run(model, batch, labelled=True):
     batch = batch.to("cuda")
     return model(
-        batch.tokens, batch.labels, position_ids=batch.position_ids, cu_seqlens=batch.cu_seqlens,
-        max_seqlen=batch.max_seqlen,
+        batch.tokens, batch.labels if labelled else None, position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen,
     )  # fmt: skip
 
 
@@ -121,17 +121,26 @@ def bf16_model(config):
     return trained_like(TransformerLM(config).bfloat16())
 
 
-def judge(model, batch, results, weights, mm=naive.product):
-    """Loss and gradients against FP64, with bf16 PyTorch (`mm` as given) as the yardstick."""
+def judge(model, batch, logits, loss, grads, weights, mm=naive.product):
+    """Logits and gradients against FP64, with bf16 PyTorch (`mm` as given) as the yardstick.
+
+    The loss is one number, whose bf16 error is luck: it is judged by the logits it came from.
+    """
     lengths = batch.cu_seqlens.diff().tolist()
 
     def formula(dtype, mm):
         w = {n: t.detach().cpu().to(dtype).requires_grad_() for n, t in weights.items()}
-        loss = naive.loss(batch.tokens, batch.labels, lengths, w, model.config, mm)
-        return [loss, *torch.autograd.grad(loss, list(w.values()))]
+        out = naive.logits(batch.tokens, lengths, w, model.config, mm)
+        value = torch.nn.functional.cross_entropy(out.float() if dtype == BF16 else out,
+                                                  batch.labels)
+        return [out, *torch.autograd.grad(value, list(w.values()))]
 
+    own = torch.nn.functional.cross_entropy(logits.cpu().double(), batch.labels)
+    assert_as_good(loss.cpu(), own, what="same", name="loss")
     truth, baseline = formula(torch.float64, naive.product), formula(BF16, mm)
-    for name, a, t, b in zip(["loss", *weights], results, truth, baseline, strict=True):
+    for name, a, t, b in zip(
+        ["logits", *weights], [logits, *grads], truth, baseline, strict=True
+    ):
         assert_as_good(a.cpu(), t, b, "accum", name)
 
 
@@ -150,8 +159,8 @@ def test_bf16_loss_and_gradients(backend, change, policy):
     batch = batch_of(config)
     loss = run(model, batch)
     weights = dict(model.named_parameters())
-    results = [loss, *torch.autograd.grad(loss, list(weights.values()))]
-    judge(model, batch, results, weights)
+    grads = torch.autograd.grad(loss, list(weights.values()))
+    judge(model, batch, run(model, batch, labelled=False), loss, grads, weights)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "hopper"])
@@ -164,8 +173,8 @@ def test_compiled_layers(backend):
     for tokens in (300, 400, 300):  # other lengths and numbers of documents
         batch = batch_of(config, tokens)
         loss = run(model, batch)
-        results = [loss, *torch.autograd.grad(loss, list(weights.values()))]
-    judge(model, batch, results, weights)
+        grads = torch.autograd.grad(loss, list(weights.values()))
+    judge(model, batch, run(model, batch, labelled=False), loss, grads, weights)
 
 
 def test_model_built_on_the_device():
@@ -215,9 +224,10 @@ def test_transformer_engine_layers(linear, recipe, policy):
         loss = run(model, batch)
         loss.backward()
     mine = dict(model.named_parameters())
-    results = [loss, *(mine[names[n]].grad for n, _ in donor.named_parameters())]
+    grads = [mine[names[n]].grad for n, _ in donor.named_parameters()]
     mm = naive.fp8_product if linear == "te_fp8" else naive.product
-    judge(donor, batch, results, dict(donor.named_parameters()), mm)
+    logits = run(model, batch, labelled=False)
+    judge(donor, batch, logits, loss, grads, dict(donor.named_parameters()), mm)
 
 
 @needs_te

@@ -219,13 +219,13 @@ def test_selective_checkpointing_keeps_the_attention(monkeypatch):
     """Count forward calls of torch's SDPA: full runs it twice, selective once."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from fa3_train.modules.layer import attention_ops
+    from fa3_train.modules.layer import is_attention
 
     class Count(TorchDispatchMode):
         calls = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func in attention_ops():
+            if is_attention(func):
                 Count.calls += 1
             return func(*args, **(kwargs or {}))
 
