@@ -1,9 +1,10 @@
 """The backward kernels against fp64, by the rule of numerics.py, on inputs meant to break them.
 
-Every case calls ``torch.ops.fa3_train.attn_bwd`` with ``out`` and ``lse`` rounded from the fp64 forward, so
-that a fault here is the backward's own; the last tests go through autograd. Inputs are views into buffers
-full of NaN (gaps between heads and rows, rows past the last sequence), outputs start as NaN where the test
-owns them, and every call is repeated: dK and dV must be bitwise equal, dQ too in deterministic mode.
+Every case calls ``torch.ops.fa3_train.attn_bwd`` with ``out`` and ``lse`` rounded from the fp64
+forward, so that a fault here is the backward's own; the last tests go through autograd. Inputs are
+views into buffers full of NaN (gaps between heads and rows, rows past the last sequence), outputs
+start as NaN where the test owns them, and every call is repeated: dK and dV must be bitwise equal,
+dQ too in deterministic mode.
 """
 
 from __future__ import annotations
@@ -292,7 +293,7 @@ def test_accumulate_adds_to_what_is_there(dim: int, options: int) -> None:
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("heads,groups", [(32, 4), (16, 1)])
 def test_group_sums_are_fp32(dim: int, heads: int, groups: int) -> None:
-    """dK and dV at least twice as exact as adding each head's 16-bit gradient (the paper's claim)."""
+    """dK and dV at least twice as exact as adding each head's 16-bit gradient."""
     case = Case(heads=heads, groups=groups, seqlen_q=256, seqlen_k=256, dim=dim, causal=True)
     x = make_inputs(case)
     out, lse, truth, _ = truth_and_baseline(case, x)
@@ -316,7 +317,7 @@ def replace_inputs(x: Inputs, **changes) -> Inputs:
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_thousand_repeats(dim: int) -> None:
-    """dK and dV always, dQ in deterministic mode: the same bits every time, under varied co-load."""
+    """dK, dV, and dQ in deterministic mode: the same bits every time, under varied co-load."""
     case = Case(batch=2, heads=4, groups=2, seqlen_q=500, seqlen_k=700, dim=dim, causal=True,
                 deterministic=True, options=HEAD_BY_HEAD)  # fmt: skip
     x = make_inputs(case)
@@ -339,7 +340,7 @@ def test_thousand_repeats(dim: int) -> None:
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_through_autograd(dim: int, causal: bool) -> None:
-    """flash_attn_func end to end; dout arrives transposed, as an out.transpose(1, 2) upstream makes it."""
+    """flash_attn_func end to end; dout is a transposed view, as upstream code makes it."""
     torch.manual_seed(0)
     q, k, v = (
         torch.randn(2, 300, h, dim, device="cuda").bfloat16().requires_grad_() for h in (4, 2, 2)

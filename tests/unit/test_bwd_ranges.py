@@ -1,8 +1,9 @@
-"""Block ranges, tile order and layouts of the backward, from the C++ the kernels compile, by brute force.
+"""Block ranges, tile order and layouts of the backward, from the C++ the kernels compile, by
+brute force.
 
-A host compiler builds csrc/attn/bwd_ranges.h and csrc/tile/layout.cuh into a small library; the tests
-compare it with definitions: which pairs a mask shows, who must have added before whom, which element
-a register holds. What the kernels do with these numbers is tests/gpu/test_attn_bwd.py.
+A host compiler builds csrc/attn/bwd_ranges.h and csrc/tile/layout.cuh into a small library; the
+tests compare it with definitions: which pairs a mask shows, who must have added before whom, which
+element a register holds. What the kernels do with these numbers is tests/gpu/test_attn_bwd.py.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def test_tile_order_names_each_tile_once(lib, heads, blocks, section, descending
 
 @pytest.mark.parametrize("workers", [1, 2, 5, 13])
 def test_ordered_sums_never_deadlock(lib, workers: int) -> None:
-    """Simulates the queue: each worker takes the next tile when free and adds block by block in turn.
+    """The queue, simulated: a free worker takes the next tile and adds block by block in turn.
 
     Turn of tile n at query block m: its rank among key_range(m), in the direction of the order. The
     simulation must end, with every query block added to by exactly its key blocks, in rank order.
@@ -210,7 +211,7 @@ def test_packed_blocks_do_not_overlap(lib) -> None:
 
 
 def test_statistics_slots_put_a_threads_columns_together(lib) -> None:
-    """Registers 8k .. 8k + 7 of a transposed tile need columns 16k + {2q, 2q+1, 8+2q, 9+2q}: 16 bytes."""
+    """Registers 8k .. 8k + 7 need columns 16k + {2q, 2q+1, 8+2q, 9+2q}: 16 bytes."""
     for rows in (64, 96, 128):
         assert sorted(lib.slot(r) for r in range(rows)) == list(range(rows))
     for quad, k in itertools.product(range(4), range(8)):
@@ -238,7 +239,7 @@ def test_fragment_order_of_dq_covers_the_block(lib, dim: int) -> None:
 
 
 def test_transposed_ds_store_is_a_k_major_tile(lib) -> None:
-    """stmatrix.trans of dS^T fragments: the formula of bwd_fused against the swizzled tile's definition.
+    """stmatrix.trans of dS^T fragments: bwd_fused's addresses against the swizzled tile.
 
     The instruction stores 8 x 8 matrix i (register i of all lanes) at the rows that lanes 8i .. 8i + 7
     point to; transposed, element (row a, column b) goes to the row of lane 8i + b, position a.
