@@ -155,8 +155,12 @@ extern "C" int fa3_attn_fwd(const fa3_attn_fwd_params* params) {
   launch.options = a.options & ~FA3_OPT_NOT_PERSISTENT;
   choose_mask(a, launch);
   const FwdTile tile = choose_tile(a.head_dim_qk, a.head_dim_v);
-  if (launch.options != 0)
-    return fail(FA3_UNSUPPORTED, "%s: options 0x%x", kName, launch.options);
+  if (launch.options != 0 && (tile.dim_qk != 128 || tile.dim_v != 128 || a.dtype != FA3_BF16 || varlen ||
+                              launch.softcap || launch.mask == Mask::Window))
+    return fail(FA3_UNSUPPORTED,
+                "%s: options 0x%x serve ablations only: dense bf16, head dims up to 128 (above 96), no window, no "
+                "softcap; got %s, dims %d and %d",
+                kName, launch.options, dtype_name(a.dtype), a.head_dim_qk, a.head_dim_v);
 
   constexpr float kLog2e = 1.4426950408889634f;
   const int block_m = tile.consumers * kWarpgroupRows;
@@ -209,5 +213,9 @@ extern "C" int fa3_attn_fwd(const fa3_attn_fwd_params* params) {
     p.tile_counter = nullptr;
   else if (launch.grid > device.sm_count)
     launch.grid = device.sm_count;
+  if (launch.options != 0) {
+    p.tile_counter = launch.options == FA3_OPT_NO_WARP_SPECIALIZATION ? nullptr : p.tile_counter;
+    return launch_fwd_ablation(launch);
+  }
   return a.dtype == FA3_BF16 ? launch_tile<bf16>(tile, launch) : launch_tile<fp16>(tile, launch);
 }

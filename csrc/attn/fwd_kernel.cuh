@@ -46,27 +46,27 @@ FA3_DEVICE MaskBounds mask_bounds(const FwdParams& p, const typename T::Tile& t)
 template <class T>
 FA3_DEVICE typename T::Tile locate_tile(const FwdParams& p, int index, int lane) {
   typename T::Tile t{-1, 0, 0, p.seqlen_q, p.seqlen_k, 0, 0, 0, {0, 0}, {0, 0}};
+  TilePosition at;
   if (p.cu_seqlens_q == nullptr) {
     if (index >= p.num_tiles) return t;
-    const TilePosition at = longest_first(index, p.tiles_per_head, p.heads_q * p.batch, p.section);
-    t.m = at.m;
+    at = longest_first(index, p.tiles_per_head, p.heads_q * p.batch, p.section);
     t.batch = at.head / p.heads_q;
     t.head = at.head - t.batch * p.heads_q;
-    return t;
+  } else {
+    const VarlenOrder order{p.varlen_order, p.batch};
+    if (index >= order.num_tiles()) return t;
+    const int rank = order.rank_of(index, lane);
+    t.batch = order.sequence(rank);
+    t.start_q = p.cu_seqlens_q[t.batch];
+    t.start_k = p.cu_seqlens_k[t.batch];
+    t.seqlen_q = p.cu_seqlens_q[t.batch + 1] - t.start_q;
+    t.seqlen_k = p.cu_seqlens_k[t.batch + 1] - t.start_k;
+    const int section = heads_per_section(int64_t(t.seqlen_k) * (T::kDimQK + T::kDimV) * 2, p.group, p.l2_bytes);
+    at = longest_first(index - order.first_tile(rank), ceil_div(t.seqlen_q, T::BLOCK_M), p.heads_q, section);
+    t.head = at.head;
   }
-  const VarlenOrder order{p.varlen_order, p.batch};
-  if (index >= order.num_tiles()) return t;
-  const int rank = order.rank_of(index, lane);
-  t.batch = order.sequence(rank);
-  t.start_q = p.cu_seqlens_q[t.batch];
-  t.start_k = p.cu_seqlens_k[t.batch];
-  t.seqlen_q = p.cu_seqlens_q[t.batch + 1] - t.start_q;
-  t.seqlen_k = p.cu_seqlens_k[t.batch + 1] - t.start_k;
-  const int section = heads_per_section(int64_t(t.seqlen_k) * (T::kDimQK + T::kDimV) * 2, p.group, p.l2_bytes);
-  const TilePosition at =
-      longest_first(index - order.first_tile(rank), ceil_div(t.seqlen_q, T::BLOCK_M), p.heads_q, section);
   t.m = at.m;
-  t.head = at.head;
+  t.blocks = visited_blocks<T::kMask>(mask_bounds<T>(p, t), t.m * T::BLOCK_M, T::BLOCK_M, T::BLOCK_N);
   return t;
 }
 
@@ -82,8 +82,7 @@ FA3_DEVICE void schedule(const FwdParams& p, typename T::Shared& shared, int lan
       if (lane == 0) index = atomicAdd(p.tile_counter, 1) + gridDim.x;
       index = __shfl_sync(kFullWarp, index, 0);
     }
-    typename T::Tile t = locate_tile<T>(p, index, lane);
-    t.blocks = visited_blocks<T::kMask>(mask_bounds<T>(p, t), t.m * T::BLOCK_M, T::BLOCK_M, T::BLOCK_N);
+    const typename T::Tile t = locate_tile<T>(p, index, lane);
     mbar_wait(smem_addr(&shared.tile_empty[ring.stage]), ring.phase ^ 1);
     if (lane == 0) {
       write_tile<T>(smem_addr(&shared.tiles[ring.stage]), t);
@@ -107,24 +106,43 @@ FA3_DEVICE void load_slabs(uint32_t dst, int slab_bytes, const CUtensorMap* map,
 }
 
 template <class T>
-FA3_DEVICE void produce(const FwdParams& p, typename T::Shared& shared) {
-  Ring<T::kStages> k;  // V has as many stages and runs one block behind
-  Ring<1> q;
-  Ring<T::kTileRing> ring;
-  const auto load_k = [&](const Ring<T::kStages>& at, int row, int head, int batch) {
+struct Loader {
+  const FwdParams& p;
+  typename T::Shared& shared;
+
+  // Each waits until the stage is free; `row` counts tokens of the whole tensor.
+  FA3_DEVICE void k(const Ring<T::kStages>& at, int row, int head, int batch) {
     const uint32_t full = smem_addr(&shared.k_full[at.stage]);
     mbar_wait(smem_addr(&shared.k_empty[at.stage]), at.phase ^ 1);
     mbar_arrive_expect_tx(full, T::kKBytes);
     load_slabs<T::kSlabsQK>(smem_addr(shared.k[at.stage]), T::BLOCK_N * 128, &p.k, full, kL2EvictLast, row, head,
                             batch);
-  };
-  const auto load_v = [&](const Ring<T::kStages>& at, int row, int head, int batch) {
+  }
+  FA3_DEVICE void v(const Ring<T::kStages>& at, int row, int head, int batch) {
     const uint32_t full = smem_addr(&shared.v_full[at.stage]);
     mbar_wait(smem_addr(&shared.v_empty[at.stage]), at.phase ^ 1);
     mbar_arrive_expect_tx(full, T::kVBytes);
     load_slabs<T::kSlabsV>(smem_addr(shared.v[at.stage]), T::BLOCK_N * 128, &p.v, full, kL2EvictLast, row, head,
                            batch);
-  };
+  }
+  FA3_DEVICE void q(const Ring<1>& at, int row, int head, int batch) {
+#pragma unroll 1  // registers: the producer has 24
+    for (int w = 0; w < T::kConsumers; ++w) {
+      const uint32_t full = smem_addr(&shared.q_full[w]);
+      mbar_wait(smem_addr(&shared.q_empty[w]), at.phase ^ 1);
+      mbar_arrive_expect_tx(full, T::kQBytes);
+      load_slabs<T::kSlabsQK>(smem_addr(shared.q[w]), kWarpgroupRows * 128, &p.q, full, kL2EvictFirst,
+                              row + w * kWarpgroupRows, head, batch);
+    }
+  }
+};
+
+template <class T>
+FA3_DEVICE void produce(const FwdParams& p, typename T::Shared& shared) {
+  Loader<T> load{p, shared};
+  Ring<T::kStages> k;  // V has as many stages and runs one block behind
+  Ring<1> q;
+  Ring<T::kTileRing> ring;
   for (;;) {
     mbar_wait(smem_addr(&shared.tile_full[ring.stage]), ring.phase);
     const typename T::Tile t = read_tile<T>(smem_addr(&shared.tiles[ring.stage]));
@@ -133,15 +151,8 @@ FA3_DEVICE void produce(const FwdParams& p, typename T::Shared& shared) {
     if (t.m < 0) return;
     const int batch = p.cu_seqlens_q == nullptr ? t.batch : 0;
     if (!t.blocks.empty()) {
-      load_k(k, t.start_k + (t.blocks.end - 1) * T::BLOCK_N, t.head / p.group, batch);
-#pragma unroll 1  // registers: the producer has 24
-      for (int w = 0; w < T::kConsumers; ++w) {
-        const uint32_t full = smem_addr(&shared.q_full[w]);
-        mbar_wait(smem_addr(&shared.q_empty[w]), q.phase ^ 1);
-        mbar_arrive_expect_tx(full, T::kQBytes);
-        load_slabs<T::kSlabsQK>(smem_addr(shared.q[w]), kWarpgroupRows * 128, &p.q, full, kL2EvictFirst,
-                                t.start_q + t.m * T::BLOCK_M + w * kWarpgroupRows, t.head, batch);
-      }
+      load.k(k, t.start_k + (t.blocks.end - 1) * T::BLOCK_N, t.head / p.group, batch);
+      load.q(q, t.start_q + t.m * T::BLOCK_M, t.head, batch);
       q.advance();
     }
     const int kv_head = t.head / p.group;
@@ -149,13 +160,13 @@ FA3_DEVICE void produce(const FwdParams& p, typename T::Shared& shared) {
     for (int left = t.blocks.end - t.blocks.begin - 1; left > 0; --left) {
       const Ring<T::kStages> v = k;
       k.advance();
-      load_k(k, row - T::BLOCK_N, kv_head, batch);
-      load_v(v, row, kv_head, batch);
+      load.k(k, row - T::BLOCK_N, kv_head, batch);
+      load.v(v, row, kv_head, batch);
       row -= T::BLOCK_N;
     }
     mbar_arrive(smem_addr(&shared.draw));  // before the last copy, which waits for a free stage: hides the draw
     if (!t.blocks.empty()) {
-      load_v(k, row, kv_head, batch);
+      load.v(k, row, kv_head, batch);
       k.advance();
     }
   }
@@ -165,13 +176,17 @@ FA3_DEVICE void produce(const FwdParams& p, typename T::Shared& shared) {
 template <class T>
 struct Consumer {
   using Elem = typename T::Elem;
-  static constexpr int kDescriptorRow = 128;  // bytes of a slab row
+  static constexpr int kRowBytes = 128;  // bytes of a slab row
   const FwdParams& p;
   typename T::Shared& shared;
   const int wg, tid, warp, lane;
+  const uint32_t q_low;  // descriptor of this warpgroup's Q
+  const uint32_t zero = opaque_zero();
 
-  typename T::Tile t;
-  float o[T::kDimV / 2], s[T::BLOCK_N / 2];
+  // The parts of the tile that the block loop needs; the rest is read where it is used.
+  int m, seqlen_q, seqlen_k;
+  BlockRange blocks;
+  float o[T::kColumnsV / 2], s[T::BLOCK_N / 2];
   uint32_t probs[T::BLOCK_N / 4];  // P, packed as the A operand of P V
   float reference[2];              // what exponents are relative to, log2 units; -inf: no key so far
   float alpha[2];                  // rescale of O and of the sums after the last move of the reference
@@ -179,9 +194,12 @@ struct Consumer {
   Ring<T::kStages> k, v;
   Ring<1> q;
   Ring<T::kTileRing> ring;
+  Ring<T::kStages> k_load, v_load;  // without a producer warp: this side loads, too
+  Ring<1> q_load;
 
   FA3_DEVICE Consumer(const FwdParams& params, typename T::Shared& sh, int warpgroup)
-      : p(params), shared(sh), wg(warpgroup), tid(threadIdx.x % kWarpgroupThreads), warp(tid / 32), lane(tid % 32) {}
+      : p(params), shared(sh), wg(warpgroup), tid(threadIdx.x % kWarpgroupThreads), warp(tid / 32), lane(tid % 32),
+        q_low(descriptor_low(smem_addr(sh.q[0]), 16) + warpgroup * (T::kQBytes >> 4)) {}
 
   // ---- barriers ----
   FA3_DEVICE void arrive(uint64_t& bar) {  // one arrival per warp
@@ -199,26 +217,23 @@ struct Consumer {
   FA3_DEVICE void pass_turn() {
     if constexpr (T::kPingPong) named_arrive(kTurn + (wg + 1 == T::kConsumers ? 0 : wg + 1), 2 * kWarpgroupThreads);
   }
-  FA3_DEVICE bool next_tile() {
-    mbar_wait(smem_addr(&shared.tile_full[ring.stage]), ring.phase);
-    t = read_tile<T>(smem_addr(&shared.tiles[ring.stage]));
-    t = {uniform(t.m), uniform(t.head), uniform(t.batch), uniform(t.seqlen_q), uniform(t.seqlen_k),
-         uniform(t.start_q), uniform(t.start_k), 0, {uniform(t.blocks.begin), uniform(t.blocks.end)}, {0, 0}};
-    arrive(shared.tile_empty[ring.stage]);
-    ring.advance();
-    return t.m >= 0;
+  FA3_DEVICE void take(const typename T::Tile& t) {
+    m = uniform(t.m);
+    seqlen_q = uniform(t.seqlen_q);
+    seqlen_k = uniform(t.seqlen_k);
+    blocks = {uniform(t.blocks.begin), uniform(t.blocks.end)};
   }
-  FA3_DEVICE int first_row() const { return t.m * T::BLOCK_M + wg * kWarpgroupRows; }
+  FA3_DEVICE int first_row() const { return m * T::BLOCK_M + wg * kWarpgroupRows; }
   FA3_DEVICE int row(int i) const { return first_row() + acc_row(tid, 2 * i); }
+  FA3_DEVICE MaskBounds bounds() const { return {seqlen_q, seqlen_k, p.window_left, p.window_right}; }
 
   // ---- matrix products, asynchronous ----
   FA3_DEVICE void issue_qk() {
-    const uint64_t qd = descriptor_at(descriptor_form<128>(16), smem_addr(shared.q[wg]));
-    const uint64_t kd = descriptor_at(descriptor_form<128>(16), smem_addr(shared.k[0]) + k.stage * T::kKBytes);
+    const uint32_t k_low = descriptor_low(smem_addr(shared.k[0]), 16) + k.stage * (T::kKBytes >> 4);
 #pragma unroll
     for (int i = 0; i < T::kDimQK / 16; ++i) {
-      const uint64_t a = descriptor_step(qd, (i / 4) * kWarpgroupRows * kDescriptorRow + (i % 4) * 32);
-      const uint64_t b = descriptor_step(kd, (i / 4) * T::BLOCK_N * kDescriptorRow + (i % 4) * 32);
+      const uint64_t a = descriptor<128>(q_low, (i / 4) * kWarpgroupRows * kRowBytes + (i % 4) * 32);
+      const uint64_t b = descriptor<128>(k_low, (i / 4) * T::BLOCK_N * kRowBytes + (i % 4) * 32);
       if (i == 0)
         Wgmma<Elem, T::BLOCK_N>::template ss_zero<0, 0>(s, a, b);
       else
@@ -227,12 +242,12 @@ struct Consumer {
     wgmma_commit();
   }
   FA3_DEVICE void issue_pv() {
-    const uint64_t vd = descriptor_at(descriptor_form<128>(T::BLOCK_N * kDescriptorRow),
-                                      smem_addr(shared.v[0]) + v.stage * T::kVBytes);
+    const uint32_t v_low =
+        descriptor_low(smem_addr(shared.v[0]), T::BLOCK_N * kRowBytes) + v.stage * (T::kVStride >> 4);
 #pragma unroll
     for (int j = 0; j < T::BLOCK_N / 16; ++j)
-      Wgmma<Elem, T::kDimV>::template rs<1>(o, probs[4 * j], probs[4 * j + 1], probs[4 * j + 2], probs[4 * j + 3],
-                                            descriptor_step(vd, j * 16 * kDescriptorRow));
+      Wgmma<Elem, T::kColumnsV>::template rs<1>(o, probs[4 * j], probs[4 * j + 1], probs[4 * j + 2],
+                                                probs[4 * j + 3], descriptor<128>(v_low, j * 16 * kRowBytes));
     wgmma_commit();
   }
 
@@ -244,7 +259,7 @@ struct Consumer {
     }
   }
   FA3_DEVICE void mask_block(int n) {
-    const MaskBounds bounds = mask_bounds<T>(p, t);
+    const MaskBounds bounds = this->bounds();
     const int origin = n * T::BLOCK_N + acc_col(tid, 0);
     int begin[2], end[2];
 #pragma unroll
@@ -257,35 +272,35 @@ struct Consumer {
   // Reference from the true maxima of the raw scores, then scores -> exponents. kFirst: nothing was summed before.
   // Returns whether O has to be rescaled by alpha.
   template <bool kFirst, bool kMasked>
-  FA3_DEVICE bool follow_maximum() {
+  FA3_DEVICE bool follow_maximum(float (&offset)[2]) {
     const float c = p.exponent_scale;
     const float top[2] = {row_max<0>(s) * c, row_max<1>(s) * c};
     bool move = true;
     if constexpr (!kFirst && T::kSlack >= 0)
       move = __any_sync(kFullWarp, top[0] > reference[0] + T::kSlack || top[1] > reference[1] + T::kSlack);
-    float zero[2];
+    float relative[2];
     if (move) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float before = reference[i], now = quad_max(top[i]);
         reference[i] = kFirst ? now : fmaxf(before, now);
         // A row without keys so far: exponents are -inf whatever they are relative to, but -inf + inf is not.
-        zero[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
-        if constexpr (!kFirst) alpha[i] = exp2_approx(before - zero[i]);
+        relative[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
+        if constexpr (!kFirst) alpha[i] = exp2_approx(before - relative[i]);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) zero[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
+      for (int i = 0; i < 2; ++i) relative[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
     }
-    row_exponents<0>(s, c, zero[0]);
-    row_exponents<1>(s, c, zero[1]);
+    offset[0] = relative[0];
+    offset[1] = relative[1];
     return !kFirst && move;
   }
   // Scores -> exponents of row I; moves the reference only where an exponent exceeds the slack. Every row of this
   // warp has seen a key (see run_tile).
   template <int I>
-  FA3_DEVICE bool trail_maximum() {
-    row_exponents<I>(s, p.exponent_scale, reference[I]);
+  FA3_DEVICE bool trail_maximum(float ref) {
+    row_exponents<I>(s, p.exponent_scale, ref);
     const float top = row_max_if_positive<I>(s);
     if (!__any_sync(kFullWarp, top > T::kSlack)) return false;
     const float now = reference[I] + fmaxf(quad_max(top), 0.f);
@@ -296,23 +311,30 @@ struct Consumer {
     return true;
   }
 
+  FA3_DEVICE void rescale() {
+    sums.scale(alpha);
+#pragma unroll
+    for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] *= alpha[(i >> 1) & 1];
+  }
+
   // ---- one key block ----
   // The tail of a sequence's last V tile holds rows of the next sequence, or memory nobody initialised. Their P is 0,
   // but 0 * NaN is NaN. Each warpgroup writes the zeros it needs; two writing the same ones do no harm.
   FA3_DEVICE void clear_v_tail(int n) {
-    const int valid = t.seqlen_k - n * T::BLOCK_N;
+    const int valid = seqlen_k - n * T::BLOCK_N;
     if (p.cu_seqlens_k == nullptr || valid >= T::BLOCK_N) return;
     wait_v();
-    const uint32_t base = smem_addr(shared.v[0]) + v.stage * T::kVBytes;
+    const uint32_t base = smem_addr(shared.v[0]) + v.stage * T::kVStride;
     for (int chunk = valid * 8 + tid; chunk < T::BLOCK_N * 8; chunk += kWarpgroupThreads)
 #pragma unroll
       for (int slab = 0; slab < T::kSlabsV; ++slab)
-        sts128(base + slab * T::BLOCK_N * kDescriptorRow + chunk * 16, make_uint4(0, 0, 0, 0));
+        sts128(base + slab * T::BLOCK_N * kRowBytes + chunk * 16, make_uint4(0, 0, 0, 0));
     fence_proxy_async_shared();
     named_sync(kStore + wg, kWarpgroupThreads);
   }
   // S of the tile's first block, alone; P and the sums from it.
   FA3_DEVICE void first_block(int n, bool masked, bool last) {
+    load_ahead(n);
     wait_q();
     wait_k();
     wgmma_fence();
@@ -323,7 +345,10 @@ struct Consumer {
     if (last) release_q();
     cap_scores();
     if (masked) mask_block(n);
-    follow_maximum<true, true>();
+    float offset[2];
+    follow_maximum<true, true>(offset);
+    row_exponents<0>(s, p.exponent_scale, offset[0]);
+    row_exponents<1>(s, p.exponent_scale, offset[1]);
     row_exp2<0>(s);
     row_exp2<1>(s);
     row_pack<Elem, 0>(s, probs);
@@ -331,13 +356,14 @@ struct Consumer {
     sums.clear();
     sums.template add<Elem>(s, probs);
 #pragma unroll
-    for (int i = 0; i < T::kDimV / 2; ++i) o[i] = 0.f;
+    for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] = 0.f;
     clear_v_tail(n);
   }
   // S(n) with P V of the block before it queued behind. That product is over by the time the exponentials of row 0
   // are out; rescaling, packing and sums then fill the gaps between those of row 1.
   template <bool kMasked>
   FA3_DEVICE void next_block(int n, bool last) {
+    load_ahead(n);
     wait_k();
     wait_turn();
     pin(o), pin(probs);
@@ -353,26 +379,26 @@ struct Consumer {
     if (last) release_q();
     cap_scores();
     bool moved = false;
+    float offset[2];
     alpha[0] = alpha[1] = 1.f;
-    if constexpr (kMasked || T::kSlack < 0) {
+    if constexpr (kMasked || T::kSlack < 0 || !T::kIntegerMax) {
       if constexpr (kMasked) mask_block(n);
-      moved = follow_maximum<false, kMasked>();
+      moved = follow_maximum<false, kMasked>(offset);
+      row_exponents<0>(s, p.exponent_scale, offset[0]);
       row_exp2<0>(s);
       pin(s);
       wait_v();  // passes at once, but is a branch: ptxas would hoist the wgmma wait to the top of the softmax
     } else {
-      moved = trail_maximum<0>();
+      moved = trail_maximum<0>(reference[0]);
       row_exp2<0>(s);
-      moved |= trail_maximum<1>();
+      moved |= trail_maximum<1>(T::kDelay < 0 ? reference[1] : after(reference[1], s[4 * T::kDelay], zero));
     }
     wgmma_wait<0>();
     pin(o), pin(probs), pin(s);
     release_v();
-    if (moved) {
-      sums.scale(alpha);
-#pragma unroll
-      for (int i = 0; i < T::kDimV / 2; ++i) o[i] *= alpha[(i >> 1) & 1];
-    }
+    if (moved) rescale();
+    if constexpr (kMasked || T::kSlack < 0 || !T::kIntegerMax)
+      row_exponents<1>(s, p.exponent_scale, not_before_here(offset[1]));  // or ptxas does it before the wait
     row_exp2<1>(s);
     row_pack<Elem, 0>(s, probs);
     row_pack<Elem, 1>(s, probs);
@@ -388,14 +414,84 @@ struct Consumer {
     release_v();
   }
 
+  // ---- ablations: no overlap, no producer warp ----
+  // QK, softmax, PV of one block after another. The turn covers PV and the next QK.
+  template <bool kFirst>
+  FA3_DEVICE void serial_block(int n, bool masked, bool last) {
+    load_ahead(n);
+    if (kFirst) wait_q();
+    wait_k();
+    wgmma_fence();
+    issue_qk();
+    pass_turn();
+    wgmma_wait<0>();
+    pin(s);
+    release_k();
+    if (last) release_q();
+    cap_scores();
+    if (masked) mask_block(n);
+    float offset[2];
+    const bool moved = follow_maximum<kFirst, true>(offset);
+    row_exponents<0>(s, p.exponent_scale, offset[0]);
+    row_exponents<1>(s, p.exponent_scale, offset[1]);
+    row_exp2<0>(s);
+    row_exp2<1>(s);
+    row_pack<Elem, 0>(s, probs);
+    row_pack<Elem, 1>(s, probs);
+    if constexpr (kFirst) {
+      sums.clear();
+#pragma unroll
+      for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] = 0.f;
+      clear_v_tail(n);
+    } else if (moved) {
+      rescale();
+    }
+    sums.template add<Elem>(s, probs);
+    wait_turn();
+    last_product();
+  }
+  FA3_DEVICE void run_blocks_serially(const BlockRange& visited, const BlockRange& unmasked) {
+    int n = visited.end - 1;
+    wait_turn();
+    serial_block<true>(n, n >= unmasked.end || n < unmasked.begin, n == visited.begin);
+    for (--n; n >= visited.begin; --n)
+      serial_block<false>(n, n >= unmasked.end || n < unmasked.begin, n == visited.begin);
+    pass_turn();
+  }
+  // Without a producer warp one thread of the first consumer issues the copies: V of this block, K of the next.
+  FA3_DEVICE void load_ahead(int n) {
+    if constexpr (!T::kWarpSpecialized) {
+      if (wg == 0 && warp == 0 && elect_one()) {
+        Loader<T> load{p, shared};
+        const typename T::Tile t = read_tile<T>(smem_addr(&shared.tiles[0]));
+        const int kv_head = t.head / p.group;
+        if (n == blocks.end - 1) {
+          load.k(k_load, n * T::BLOCK_N, kv_head, t.batch);
+          load.q(q_load, m * T::BLOCK_M, t.head, t.batch);
+          k_load.advance(), q_load.advance();
+        }
+        load.v(v_load, n * T::BLOCK_N, kv_head, t.batch);
+        v_load.advance();
+        if (n > blocks.begin) {
+          load.k(k_load, (n - 1) * T::BLOCK_N, kv_head, t.batch);
+          k_load.advance();
+        }
+      }
+      __syncwarp();
+    }
+  }
+
   // ---- one tile ----
-  FA3_DEVICE void run_tile() {
-    const MaskBounds bounds = mask_bounds<T>(p, t);
-    if (t.blocks.empty())
+  FA3_DEVICE void run_tile(const typename T::Tile& t) {
+    take(t);
+    if (m < 0) return;
+    const BlockRange unmasked = unmasked_blocks<T::kMask>(bounds(), first_row(), kWarpgroupRows, T::BLOCK_N);
+    if (blocks.empty())
       no_keys();
+    else if constexpr (T::kOverlap)
+      run_blocks(blocks, unmasked);
     else
-      run_blocks(t.blocks, unmasked_blocks<T::kMask>(bounds, first_row(), kWarpgroupRows, T::BLOCK_N));
-    finish();
+      run_blocks_serially(blocks, unmasked);
   }
   FA3_DEVICE void run_blocks(const BlockRange& visited, const BlockRange& unmasked) {
     int n = visited.end - 1;
@@ -417,16 +513,22 @@ struct Consumer {
   FA3_DEVICE void no_keys() {
     sums.clear();
 #pragma unroll
-    for (int i = 0; i < T::kDimV / 2; ++i) o[i] = 0.f;
+    for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] = 0.f;
     reference[0] = reference[1] = -INFINITY;
   }
+  FA3_DEVICE float row_total(int i) const {
+    if constexpr (T::kOnes)
+      return o[T::kDimV / 2 + 2 * i];
+    else
+      return sums.total(i);
+  }
   // O / sum and the log-sum-exp. The sink is one more logit in the denominator, without a value.
-  FA3_DEVICE void finish() {
+  FA3_DEVICE void finish(const typename T::Tile& t) {
     constexpr float kLn2 = 0.6931471805599453f, kLog2e = 1.4426950408889634f;
     float inverse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float sum = sums.total(i), top = reference[i], factor = 1.f;
+      float sum = row_total(i), top = reference[i], factor = 1.f;
       if (p.sink != nullptr) {
         const float sink = p.sink[t.head] * kLog2e, higher = fmaxf(top, sink);
         if (higher != -INFINITY) {
@@ -436,22 +538,22 @@ struct Consumer {
         }
       }
       inverse[i] = sum > 0.f || sum != sum ? factor / sum : 0.f;
-      if (lane % 4 == 0 && row(i) < t.seqlen_q) {
+      if (lane % 4 == 0 && row(i) < seqlen_q) {
         const int64_t at = p.cu_seqlens_q == nullptr
-                               ? (int64_t(t.batch) * p.heads_q + t.head) * t.seqlen_q + row(i)
+                               ? (int64_t(t.batch) * p.heads_q + t.head) * seqlen_q + row(i)
                                : int64_t(t.head) * p.total_q + t.start_q + row(i);
         p.lse[at] = sum == 0.f ? -INFINITY : fmaf(top, kLn2, __logf(sum));
       }
     }
-    if (first_row() >= t.seqlen_q) return;
+    if (first_row() >= seqlen_q) return;
     // A box that is stored must end with the tensor (then TMA clips it) or lie inside the sequence.
-    if (T::kStageO && (p.cu_seqlens_q == nullptr || first_row() + kWarpgroupRows <= t.seqlen_q))
-      store_by_tma(inverse);
+    if (T::kStageO && (p.cu_seqlens_q == nullptr || first_row() + kWarpgroupRows <= seqlen_q))
+      store_by_tma(t, inverse);
     else
-      store_directly(inverse);
+      store_directly(t, inverse);
   }
   // Through this warpgroup's own buffer: no barrier with the others, and the next tile starts meanwhile.
-  FA3_DEVICE void store_by_tma(const float (&inverse)[2]) {
+  FA3_DEVICE void store_by_tma(const typename T::Tile& t, const float (&inverse)[2]) {
     const uint32_t buffer = smem_addr(shared.o[0]) + wg * T::kOBytes;
     if (tid == 0) bulk_wait_read<0>();  // the store before this one has left the buffer
     named_sync(kStore + wg, kWarpgroupThreads);
@@ -470,14 +572,14 @@ struct Consumer {
 #pragma unroll
       for (int slab = 0; slab < T::kSlabsV; ++slab)
         if (slab * T::kSlab < p.dim_v)
-          tma_store_4d(&p.out, buffer + slab * kWarpgroupRows * kDescriptorRow, slab * T::kSlab,
+          tma_store_4d(&p.out, buffer + slab * kWarpgroupRows * kRowBytes, slab * T::kSlab,
                        t.start_q + first_row(), t.head, batch);
       bulk_commit();
     }
   }
   // From registers, row by row. The four lanes of a row hold two columns of every eight; a 4 x 4 transpose of packed
   // pairs among them makes that eight neighbouring columns per lane, one 16-byte store.
-  FA3_DEVICE void store_directly(const float (&inverse)[2]) {
+  FA3_DEVICE void store_directly(const typename T::Tile& t, const float (&inverse)[2]) {
     const int quad = lane % 4;
     const int batch = p.cu_seqlens_q == nullptr ? t.batch : 0;
     Elem* out = static_cast<Elem*>(p.out_ptr) + batch * p.out_stride_batch + t.head * p.out_stride_head;
@@ -502,7 +604,7 @@ struct Consumer {
           }
         }
         const int col = 32 * g + 8 * quad;
-        if (row(i) < t.seqlen_q && col < p.dim_v)
+        if (row(i) < seqlen_q && col < p.dim_v)
           *reinterpret_cast<uint4*>(out_row + col) = make_uint4(w[0], w[1], w[2], w[3]);
       }
     }
@@ -510,7 +612,27 @@ struct Consumer {
 
   FA3_DEVICE void run() {
     if (T::kPingPong && wg == T::kConsumers - 1) named_arrive(kTurn, 2 * kWarpgroupThreads);  // first turn: wg 0
-    while (next_tile()) run_tile();
+    if constexpr (T::kWarpSpecialized) {
+      for (;; ring.advance()) {
+        mbar_wait(smem_addr(&shared.tile_full[ring.stage]), ring.phase);
+        const uint32_t slot = smem_addr(&shared.tiles[ring.stage]);
+        run_tile(read_tile<T>(slot));
+        if (m < 0) break;
+        const typename T::Tile t = read_tile<T>(slot);  // again: not kept in registers through the block loop
+        arrive(shared.tile_empty[ring.stage]);
+        finish(t);
+      }
+    } else {  // dense only, static schedule
+      for (int round = 0;; ++round) {
+        const typename T::Tile t = locate_tile<T>(p, snake(round, blockIdx.x, gridDim.x), lane);
+        if (t.m < 0) break;
+        __syncwarp();
+        if (tid == 0 && wg == 0) write_tile<T>(smem_addr(&shared.tiles[0]), t);
+        __syncwarp();
+        run_tile(t);
+        finish(t);
+      }
+    }
     if (T::kStageO && tid == 0) bulk_wait<0>();
   }
 };
@@ -542,9 +664,17 @@ __global__ void __launch_bounds__(T::kThreads, 1) attn_fwd_kernel(const __grid_c
     tma_prefetch_map(&p.k);
     tma_prefetch_map(&p.v);
   }
+  if constexpr (T::kOnes) {
+    for (int i = threadIdx.x; i < T::kStages * T::BLOCK_N * 8; i += T::kThreads) {
+      constexpr uint32_t kPair = packed_ones<typename T::Elem>();
+      sts128(smem_addr(shared.v[i / (T::BLOCK_N * 8)]) + T::kVBytes + i % (T::BLOCK_N * 8) * 16,
+             make_uint4(kPair, kPair, kPair, kPair));
+    }
+    fence_proxy_async_shared();
+  }
   __syncthreads();
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
-  if (warpgroup == 0) {
+  if (T::kWarpSpecialized && warpgroup == 0) {
     if constexpr (T::kReallocate) registers_release<T::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32);
     if (warp == 0) {
@@ -553,8 +683,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) attn_fwd_kernel(const __grid_c
       schedule<T>(p, shared, threadIdx.x % 32);
     }
   } else {
-    if constexpr (T::kReallocate) registers_claim<T::kConsumerRegisters>();
-    Consumer<T>(p, shared, warpgroup - 1).run();
+    if constexpr (T::kReallocate && T::kWarpSpecialized) registers_claim<T::kConsumerRegisters>();
+    Consumer<T>(p, shared, warpgroup - T::kProducerWarpgroups).run();
   }
 }
 

@@ -19,6 +19,9 @@ struct FwdLaunch {
 template <class Elem, int kDimQK, int kDimV>
 int launch_fwd(FwdLaunch& launch);
 
+// The same for a kernel with one of launch.options switched off (fwd_ablation.cu).
+int launch_fwd_ablation(FwdLaunch& launch);
+
 // q, k, v, out as {columns, tokens, heads, batch} with boxes of one 128-byte slab.
 int encode_fwd_maps(FwdLaunch& launch, int block_n);
 

@@ -46,7 +46,9 @@ struct FwdDefault {
   static constexpr bool kPingPong = true;        // warpgroups take turns on the tensor cores
   static constexpr bool kReallocate = true;      // setmaxnreg
   static constexpr int kSlack = 8;               // log2: how far the row reference may trail the maximum; < 0: not at all
-  static constexpr RowSum kRowSum = RowSum::Mma;
+  static constexpr RowSum kRowSum = RowSum::Float;
+  static constexpr bool kIntegerMax = true;
+  static constexpr int kDelay = -1;
 };
 
 // ---- parameters ------------------------------------------------------------------------------
@@ -97,6 +99,11 @@ struct FwdTraits : Options {
   static constexpr int kQBytes = kWarpgroupRows * kSlabsQK * 128;  // of one warpgroup
   static constexpr int kOBytes = kWarpgroupRows * kSlabsV * 128;
   static constexpr int kKBytes = BLOCK_N * kSlabsQK * 128, kVBytes = BLOCK_N * kSlabsV * 128;  // of one stage
+  // RowSum::Ones: V has eight more columns, all ones, in a slab of their own that TMA never writes.
+  static constexpr bool kOnes = Options::kRowSum == RowSum::Ones;
+  static constexpr int kColumnsV = kDimV + (kOnes ? 8 : 0);
+  static constexpr int kVStride = kVBytes + (kOnes ? BLOCK_N * 128 : 0);
+  static_assert(!kOnes || kDimV % kSlab == 0, "the ones follow the last full slab");
   static_assert(BLOCK_N % 16 == 0, "k-steps of P V; swizzle atoms of 8 rows");
   static_assert(kDimQK % 16 == 0 && kDimV % 8 == 0 && kDimV <= 256, "k-steps of Q K; columns of P V");
 
@@ -116,7 +123,7 @@ struct FwdTraits : Options {
   struct alignas(1024) Shared {
     alignas(1024) uint8_t q[kConsumers][kQBytes];
     alignas(1024) uint8_t k[Options::kStages][kKBytes];
-    alignas(1024) uint8_t v[Options::kStages][kVBytes];
+    alignas(1024) uint8_t v[Options::kStages][kVStride];
     alignas(1024) uint8_t o[kStageO ? kConsumers : 1][kStageO ? kOBytes : 16];
     alignas(16) Tile tiles[kTileRing];
     uint64_t q_full[kConsumers], q_empty[kConsumers];

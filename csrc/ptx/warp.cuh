@@ -43,6 +43,19 @@ FA3_DEVICE float not_before_here(float x) {
   return y;
 }
 
+// lop3: x | (y & zero), with a zero the compiler does not know: x itself, but not available before y is. Puts work that
+// starts from x into the shadow of the slow operation that makes y. The bits of y never reach the result.
+FA3_DEVICE float after(float x, float y, uint32_t zero) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xf8;" : "=r"(r) : "r"(__float_as_uint(x)), "r"(__float_as_uint(y)), "r"(zero));
+  return __uint_as_float(r);
+}
+FA3_DEVICE uint32_t opaque_zero() {
+  uint32_t r;
+  asm volatile("mov.b32 %0, 0;" : "=r"(r));
+  return r;
+}
+
 // A value that all lanes hold, in a form the compiler knows to be warp-uniform.
 FA3_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 

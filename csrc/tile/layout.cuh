@@ -39,17 +39,30 @@ FA3_HD constexpr uint32_t tile_offset(int rows, int row, int col) {
 //   K-major:  lbo is ignored; sbo = 8 rows = 8 * width. Next k-step inside a slab: + 32 bytes.
 //   MN-major: lbo = slab to slab = rows * width (unused when one slab holds N); sbo = 8 k-rows = 8 * width.
 //             Next k-step of 16 rows: + 16 * width bytes.
+// The address sits in the low word and the address field never carries out (shared memory ends below 2^18 bytes),
+// so that stepping through a tile is 32-bit arithmetic on the low word; the high word is a constant.
+template <int kWidth>
+FA3_HD constexpr uint32_t descriptor_high() {
+  static_assert(kWidth == 128 || kWidth == 64 || kWidth == 32, "swizzle width in bytes");
+  constexpr uint32_t kMode = kWidth == 128 ? 1 : kWidth == 64 ? 2 : 3;
+  return uint32_t((8 * kWidth) >> 4) | (kMode << 30);
+}
+FA3_HD constexpr uint32_t descriptor_low(uint32_t addr, uint32_t lbo_bytes) {
+  return ((addr & 0x3ffff) >> 4) | (((lbo_bytes >> 4) & 0x3fff) << 16);
+}
+// The descriptor of the operand `bytes` further on.
+template <int kWidth>
+FA3_HD constexpr uint64_t descriptor(uint32_t low, uint32_t bytes = 0) {
+  return (uint64_t(descriptor_high<kWidth>()) << 32) | (low + (bytes >> 4));
+}
+// The same in one piece, for code that keeps whole descriptors: form without address, then the address.
 template <int kWidth>
 FA3_HD constexpr uint64_t descriptor_form(uint32_t lbo_bytes) {
-  static_assert(kWidth == 128 || kWidth == 64 || kWidth == 32, "swizzle width in bytes");
-  constexpr uint64_t kMode = kWidth == 128 ? 1 : kWidth == 64 ? 2 : 3;
-  return (uint64_t((lbo_bytes >> 4) & 0x3fff) << 16) | (uint64_t((8 * kWidth) >> 4) << 32) | (kMode << 62);
+  return descriptor<kWidth>(descriptor_low(0, lbo_bytes));
 }
 FA3_HD constexpr uint64_t descriptor_at(uint64_t form, uint32_t addr) {
   return form | ((addr & 0x3ffff) >> 4);
 }
-// Descriptors of operands further on: the address field counts 16-byte units and never carries out,
-// because shared memory ends below 2^18 bytes.
 FA3_HD constexpr uint64_t descriptor_step(uint64_t descriptor, uint32_t bytes) {
   return descriptor + (bytes >> 4);
 }

@@ -108,7 +108,7 @@ FA3_DEVICE float row_sum_packed(const uint32_t (&p)[N]) {
 enum class RowSum {
   Float,   // FP32 P, before rounding
   Packed,  // P as rounded, on the FP32 units
-  Mma,     // P as rounded, as a product with ones on the tensor cores: 8 instructions instead of 64 per 128 keys
+  Ones,    // P as rounded, by eight more columns of V that hold ones: the tensor cores sum, the accumulator rescales
 };
 
 // The denominators of the two rows of a thread.
@@ -130,30 +130,14 @@ struct RowSums {
     part[0] *= alpha[0];
     part[1] *= alpha[1];
   }
-  FA3_DEVICE float total(int i) const { return quad_sum(part[i]); }
+  FA3_DEVICE float total(int i) const { return quad_sum(part[i]); }  // of the row
 };
 template <>
-struct RowSums<RowSum::Mma> {
-  float even[4], odd[4];  // every column of the product with ones is the row sum; two chains hide the latency
-  FA3_DEVICE void clear() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) even[i] = odd[i] = 0.f;
-  }
+struct RowSums<RowSum::Ones> {  // nothing here: the sums are accumulator columns of P V
+  FA3_DEVICE void clear() {}
   template <class Elem, int N>
-  FA3_DEVICE void add(const float (&)[N], const uint32_t (&p)[N / 2]) {
-    constexpr uint32_t kOnes = packed_ones<Elem>();
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j)
-      mma_m16n8k16<Elem>(j % 2 ? odd : even, p[4 * j], p[4 * j + 1], p[4 * j + 2], p[4 * j + 3], kOnes, kOnes);
-  }
-  FA3_DEVICE void scale(const float (&alpha)[2]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      even[i] *= alpha[i / 2];
-      odd[i] *= alpha[i / 2];
-    }
-  }
-  FA3_DEVICE float total(int i) const { return even[2 * i] + odd[2 * i]; }
+  FA3_DEVICE void add(const float (&)[N], const uint32_t (&)[N / 2]) {}
+  FA3_DEVICE void scale(const float (&)[2]) {}
 };
 
 }  // namespace fa3
