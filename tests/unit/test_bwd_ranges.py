@@ -241,7 +241,8 @@ def test_fragment_order_of_dq_covers_the_block(lib, dim: int) -> None:
 def test_transposed_ds_store_is_a_k_major_tile(lib) -> None:
     """stmatrix.trans of dS^T fragments: bwd_fused's addresses against the swizzled tile.
 
-    The instruction stores 8 x 8 matrix i (register i of all lanes) at the rows that lanes 8i .. 8i + 7
+    The instruction stores 8 x 8 matrix i (register i of all lanes) at the rows that lanes
+    8i .. 8i + 7
     point to; transposed, element (row a, column b) goes to the row of lane 8i + b, position a.
     """
     block_m, block_n = 64, 128
