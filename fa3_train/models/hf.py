@@ -39,7 +39,7 @@ _SINGLE = "model.safetensors"
 
 def _layer_table(linear: str, qk_norm: bool) -> dict[str, tuple[str, ...]]:
     """Our parameter of a layer -> their names, to be stacked by rows in this order."""
-    torch_names = {
+    torch_names: dict[str, tuple[str, ...]] = {
         "attention.qkv.norm.weight": ("input_layernorm.weight",),
         "attention.qkv.linear.weight": (
             "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight",
@@ -66,7 +66,7 @@ def _layer_table(linear: str, qk_norm: bool) -> dict[str, tuple[str, ...]]:
 
 def name_table(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Every parameter of ours -> the Hugging Face tensors that are stacked to make it."""
-    table = {"embedding.weight": ("model.embed_tokens.weight",)}
+    table: dict[str, tuple[str, ...]] = {"embedding.weight": ("model.embed_tokens.weight",)}
     layer = _layer_table(config.linear, config.qk_norm)
     for index in range(config.num_layers):
         for ours, theirs in layer.items():

@@ -197,11 +197,10 @@ class SelfAttention(nn.Module):
         if cu_seqlens is not None and position_ids is None:
             position_ids = document_positions(cu_seqlens, x.shape[0])
         tables = self.rope.tables(x.device)
-        if self.core.precision == "bf16":
+        packing = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen}
+        if self.core.precision == "fp8":  # rotates as it quantizes
+            out = self.core(q, k, v, **packing, rope=tables, position_ids=position_ids)
+        else:
             q, k = rotate(q, k, *tables, position_ids=position_ids, backend=self.core.backend)
-            tables = None
-        out = self.core(
-            q, k, v, cu_seqlens_q=cu_seqlens, max_seqlen_q=max_seqlen, rope=tables,
-            position_ids=position_ids if tables is not None else None,
-        )
+            out = self.core(q, k, v, **packing)
         return self.out_proj(out.flatten(-2))

@@ -7,6 +7,7 @@ here, so that `SelfAttention` and `TransformerLayer` do not know which one they 
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fa3_train.modules.mlp import SwiGLU
@@ -23,7 +24,7 @@ class NormLinear(nn.Module):
         self.norm = RMSNorm(in_features, eps)
         self.linear = nn.Linear(in_features, out_features, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(self.norm(x))
 
 
@@ -35,7 +36,7 @@ class NormMLP(nn.Module):
         self.norm = RMSNorm(hidden_size, eps)
         self.mlp = SwiGLU(hidden_size, ffn_hidden_size)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mlp(self.norm(x))
 
 
