@@ -9,37 +9,73 @@ namespace fa3::prep {
 
 constexpr int kMaxTensors = 3;
 
-// One of q, k, v inside a launch of the row kernel.
-struct RowTensor {
-  char* out;  // only for the rows that a tensor store could not clip: tails of sequences in a packed batch
-  int64_t out_token_bytes, out_head_bytes;
-  float* descale;  // (batch, heads, blocks), NULL without quantization
-  int heads;
-  int rope, hadamard;
+struct Rotation {
+  const float *cos, *sin;  // (positions, rotary_dim / 2); NULL: no tensor is rotated
+  const int32_t* position_ids;
+  int positions, rotary_dim, interleaved;
+  int partial_neox;  // pairs (i, i + rotary_dim / 2) with rotary_dim < head_dim
 };
 
-struct RowParams {
-  CUtensorMap in[kMaxTensors], out[kMaxTensors];  // 4D: (head_dim, token, head, batch)
-  RowTensor tensors[kMaxTensors];
-  const float *cos, *sin;      // (positions, rotary_dim / 2)
-  const float* signs;          // (head_dim), the sign bit counts; or NULL
-  const int32_t* position_ids;
-  const int32_t* cu_seqlens;   // NULL: dense
-  int first_tile[kMaxTensors];  // tile index of the first head of each tensor; those that are absent: INT_MAX
-  int num_tensors, batch, seqlen, total, positions;
-  int rotary_dim, interleaved;
-  int partial_neox;  // pairs (i, i + rotary_dim / 2) with rotary_dim < head_dim
-  int quantize, in_fp32;
-  int block_tokens;  // tokens of a work item: the scale block, or as many as share a cos/sin fill
-  int blocks;        // per batch entry; packed: slots of the whole batch, some of them unused
-  int items, phases, heads_per_phase, heads_total;
-  int groups, group_warps;  // a group of warps owns (block, head) at a time
+struct Sequences {
+  const int32_t* cu_seqlens;  // NULL: dense
+  int batch, seqlen, total;
+};
+
+// ---- block kernel: scale blocks of tokens -> e4m3 ----
+
+struct BlockTensor {
+  char* out;  // only for rows that a tensor store could not clip: tails of packed sequences
+  int64_t out_token_bytes, out_head_bytes;
+  float* descale;  // (batch, heads, blocks)
+  int heads, rope, hadamard;
+};
+
+struct BlockParams {
+  CUtensorMap in[kMaxTensors], out[kMaxTensors];  // 4D: (head_dim, head, token, batch)
+  CUtensorMap ahead[kMaxTensors];                 // in, with ahead_heads heads per box: for prefetches into L2
+  BlockTensor tensors[kMaxTensors];
+  Rotation rotation;
+  Sequences sequences;
+  const float* signs;           // (head_dim), the sign bit counts; or NULL
+  int first_tile[kMaxTensors];  // tile index of each tensor's first head; absent ones: INT_MAX
+  int num_tensors, heads_total;
+  int block_tokens;
+  int blocks;         // per batch entry; packed: slots of the whole batch, some of them unused
+  int items, phases;  // an item is every phases-th head of a block
+  int groups, group_warps;
+  int ahead_heads;                      // 0: no prefetch
   int stage_in_bytes, stage_out_bytes;  // per warp
   int table_pitch;                      // bytes of one row of cos in shared memory
   int table_offset, control_offset;     // within dynamic shared memory
 };
 
-// One tensor of the elementwise rotary kernel: 16-bit or fp32 in, 16-bit out.
+// ---- token kernel: tiles of a few tokens x many heads -> 16-bit ----
+
+struct TokenTensor {
+  int heads_log2;   // heads of a warp's tile; its tokens are the rest of the warp's rows
+  int head_chunks;  // tiles over the heads
+  int first_tile;   // within a token group; absent tensors: INT_MAX
+  int rope, hadamard;
+};
+
+struct TokenParams {
+  CUtensorMap in[kMaxTensors], out[kMaxTensors];
+  TokenTensor tensors[kMaxTensors];
+  Rotation rotation;
+  Sequences sequences;
+  const float* signs;
+  int num_tensors;
+  int in_fp32;
+  int group_tokens_log2;  // tokens of a group: the most that a tile of any tensor has
+  int groups_per_batch, tiles_per_group, tiles;
+  int stages;  // input buffers per warp
+  int stage_in_bytes, stage_out_bytes;
+  int table_pitch, table_bytes;  // of a row; of a warp
+  int warp_bytes, control_offset;
+};
+
+// ---- rotary kernel: elementwise, 16-bit or fp32 -> 16-bit ----
+
 struct RopeTensor {
   const char* x;
   char* out;
@@ -50,14 +86,14 @@ struct RopeTensor {
 
 struct RopeParams {
   RopeTensor tensors[kMaxTensors];
-  const float *cos, *sin;
-  const int32_t* position_ids;
-  const int32_t* cu_seqlens;
-  int num_tensors, batch, seqlen, total, positions;
-  int head_dim, rotary_dim, interleaved;
-  int units;            // threads per token
+  Rotation rotation;
+  Sequences sequences;
+  int num_tensors, head_dim;
+  int units;            // lanes of a head
+  int lane_heads;       // heads of a warp side by side
+  int heads_per_warp;   // heads that one warp walks, over the tensors
+  int splits;           // warps of a token
   int64_t rows;         // batch * seqlen or total
-  int heads_per_block;  // heads that one thread walks
   float direction;      // +1 rotate, -1 rotate back
 };
 

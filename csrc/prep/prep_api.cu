@@ -1,22 +1,27 @@
 // fa3_prep: checks, choice of kernel and of work distribution.
 //
-// 16-bit results without a Hadamard transform go to the elementwise rotary kernel (prep/rope.cu), everything else to the
-// row kernel (prep/rows.cuh). One launch per kind of result; tensors of a call share it wherever they can.
+//   e4m3 results                 block kernel (prep/blocks.cuh)
+//   16-bit, with a transform     token kernel (prep/tokens.cuh)
+//   16-bit, rotation only        rotary kernel (prep/rope.cu)
+// One launch per kind of result; tensors of a call share it wherever they can.
 #include <climits>
 
 #include "host.h"
-#include "prep/rows.cuh"
+#include "prep/blocks.cuh"
+#include "prep/tokens.cuh"
 #include "tile/layout.cuh"
 
 namespace fa3::prep {
 
-#define FA3_PREP_ROW_KERNELS(X) X(64) X(96) X(128) X(192) X(256)
-#define FA3_PREP_EXTERN(D)                                               \
-  extern template const void* row_kernel_address<D, bf16, false>();      \
-  extern template const void* row_kernel_address<D, bf16, true>();       \
-  extern template const void* row_kernel_address<D, fp16, false>();      \
-  extern template const void* row_kernel_address<D, fp16, true>();
-FA3_PREP_ROW_KERNELS(FA3_PREP_EXTERN)
+#define FA3_PREP_HEAD_DIMS(X) X(64) X(96) X(128) X(192) X(256)
+#define FA3_PREP_EXTERN(D)                                          \
+  extern template const void* block_kernel_address<D, bf16>();      \
+  extern template const void* block_kernel_address<D, fp16>();      \
+  extern template const void* token_kernel_address<D, bf16, false>(); \
+  extern template const void* token_kernel_address<D, bf16, true>();  \
+  extern template const void* token_kernel_address<D, fp16, false>(); \
+  extern template const void* token_kernel_address<D, fp16, true>();
+FA3_PREP_HEAD_DIMS(FA3_PREP_EXTERN)
 #undef FA3_PREP_EXTERN
 
 namespace {
@@ -24,33 +29,49 @@ namespace {
 constexpr const char* kFunction = "fa3_prep";
 constexpr const char* kTensorNames[kMaxTensors] = {"tensors[0]", "tensors[1]", "tensors[2]"};
 
-struct RowKernel {
+// What the host must know of a kernel. rows: of a warp's tile; lanes: of a row; control_bytes: after the buffers.
+struct Kernel {
   const void* address = nullptr;
-  int threads, rows, control_bytes, lanes;  // of a block at most; of a warp; of RowControl; lanes a row
+  int warps, rows, lanes, control_bytes;
 };
 
 template <int D>
-RowKernel row_kernel_of(int dtype, bool inverse) {
-  RowKernel k;
-  if (dtype == FA3_FP16)
-    k.address = inverse ? row_kernel_address<D, fp16, true>() : row_kernel_address<D, fp16, false>();
-  else
-    k.address = inverse ? row_kernel_address<D, bf16, true>() : row_kernel_address<D, bf16, false>();
-  k.threads = RowTraits<D>::kThreads;
-  k.rows = RowTraits<D>::kRows;
-  k.lanes = RowTraits<D>::kLanes;
-  k.control_bytes = sizeof(RowControl<D>);
-  return k;
+Kernel block_kernel_of(int dtype) {
+  using Traits = BlockTraits<D>;
+  return {dtype == FA3_FP16 ? block_kernel_address<D, fp16>() : block_kernel_address<D, bf16>(), Traits::kWarps,
+          Traits::kRows, Traits::kLanes, sizeof(BlockControl<D>)};
 }
 
-RowKernel find_row_kernel(int head_dim, int dtype, bool inverse) {
+template <int D>
+Kernel token_kernel_of(int dtype, bool inverse) {
+  using Traits = TokenTraits<D>;
+  const void* address;
+  if (dtype == FA3_FP16)
+    address = inverse ? token_kernel_address<D, fp16, true>() : token_kernel_address<D, fp16, false>();
+  else
+    address = inverse ? token_kernel_address<D, bf16, true>() : token_kernel_address<D, bf16, false>();
+  return {address, Traits::kWarps, Traits::kRows, Traits::kLanes, sizeof(TokenControl<D>)};
+}
+
+Kernel find_block_kernel(int head_dim, int dtype) {
   switch (head_dim) {
-#define FA3_PREP_CASE(D) case D: return row_kernel_of<D>(dtype, inverse);
-    FA3_PREP_ROW_KERNELS(FA3_PREP_CASE)
+#define FA3_PREP_CASE(D) case D: return block_kernel_of<D>(dtype);
+    FA3_PREP_HEAD_DIMS(FA3_PREP_CASE)
 #undef FA3_PREP_CASE
     default: return {};
   }
 }
+
+Kernel find_token_kernel(int head_dim, int dtype, bool inverse) {
+  switch (head_dim) {
+#define FA3_PREP_CASE(D) case D: return token_kernel_of<D>(dtype, inverse);
+    FA3_PREP_HEAD_DIMS(FA3_PREP_CASE)
+#undef FA3_PREP_CASE
+    default: return {};
+  }
+}
+
+bool has_transform(int head_dim) { return find_block_kernel(head_dim, FA3_BF16).address != nullptr; }
 
 int64_t rows_of(const fa3_prep_params& p) { return p.cu_seqlens ? p.total : int64_t(p.batch) * p.seqlen; }
 
@@ -71,7 +92,7 @@ int check_stages(const fa3_prep_params& p, int t) {
   if ((tensor.descale != nullptr) != (tensor.quantize != 0))
     return fail(FA3_INVALID_ARGUMENT, "%s: tensors[%d].descale must be given exactly with quantize, got %p with quantize %d",
                 kFunction, t, static_cast<void*>(tensor.descale), tensor.quantize);
-  if ((tensor.hadamard || tensor.quantize) && find_row_kernel(p.head_dim, FA3_BF16, false).address == nullptr)
+  if ((tensor.hadamard || tensor.quantize) && !has_transform(p.head_dim))
     return fail(FA3_UNSUPPORTED, "%s: head_dim must be 64, 96, 128, 192 or 256 with hadamard or quantize, got %d",
                 kFunction, p.head_dim);
   return FA3_OK;
@@ -129,144 +150,205 @@ int check_arguments(const fa3_prep_params& p) {
   return rope ? check_rotation(p) : FA3_OK;
 }
 
-// ---- the row kernel --------------------------------------------------------------------------
+// ---- what all launches share ------------------------------------------------------------------
 
-// Geometry of a launch: how many tokens share a table, how many warps fit.
-struct RowPlan {
-  int block_tokens = 0, warps = 0, groups = 0, group_warps = 0;
-  int stage_in = 0, stage_out = 0, pitch = 0, table = 0, control = 0, shared_bytes = 0;
-};
+Rotation rotation_of(const fa3_prep_params& p, bool used) {
+  Rotation r{};
+  r.position_ids = p.position_ids;
+  if (!used) return r;
+  r.cos = p.cos;
+  r.sin = p.sin;
+  r.positions = p.positions;
+  r.rotary_dim = p.rotary_dim;
+  r.interleaved = p.interleaved;
+  r.partial_neox = !p.interleaved && p.rotary_dim < p.head_dim;
+  return r;
+}
+
+Sequences sequences_of(const fa3_prep_params& p) { return {p.cu_seqlens, p.batch, p.seqlen, p.total}; }
+
+int table_pitch(int rotary_dim, int lanes) {
+  if (rotary_dim == 0) return 0;
+  return lanes == 1 ? TableRow<1>::pitch(rotary_dim) : TableRow<2>::pitch(rotary_dim);
+}
 
 int slab_bytes(int head_dim, int element, int rows) {
   return ceil_div(head_dim * element, kSlabBytes) * rows * kSlabBytes;
 }
 
-RowPlan plan_rows(const RowKernel& kernel, int head_dim, int rotary_dim, int in_bytes, bool quantize, int block_size) {
-  RowPlan best;
-  // Scale blocks fix the size of an item; 16-bit results take the one that lets most warps fit.
-  for (int tokens = quantize ? block_size : 128; tokens >= (quantize ? block_size : kernel.rows); tokens /= 2) {
-    RowPlan plan;
-    plan.block_tokens = tokens;
-    plan.group_warps = tokens / kernel.rows;
-    plan.stage_in = slab_bytes(head_dim, in_bytes, kernel.rows);
-    plan.stage_out = slab_bytes(head_dim, quantize ? 1 : 2, kernel.rows);
-    plan.pitch = rotary_dim == 0        ? 0
-                 : kernel.lanes == 1    ? TableRow<1>::pitch(rotary_dim)
-                                        : TableRow<2>::pitch(rotary_dim);
-    const int table = 2 * tokens * plan.pitch;
-    for (plan.groups = kernel.threads / 32 / plan.group_warps; plan.groups > 0; --plan.groups) {
-      plan.warps = plan.groups * plan.group_warps;
-      plan.table = plan.warps * (plan.stage_in + plan.stage_out);
-      plan.control = round_up(plan.table + table, 16);
-      plan.shared_bytes = plan.control + kernel.control_bytes;
-      if (plan.shared_bytes <= kSharedBytesPerBlock) break;
-    }
-    if (plan.groups > 0 && plan.warps > best.warps) best = plan;
-  }
-  return best;
-}
-
-// Into how many ranges the heads of a block are cut: the makespan of `sm_count` blocks that take items in turn, in units of
-// one tile per group. An item costs its rounds and about one more (barriers, filling the table).
-int choose_phases(int64_t blocks, int heads, int groups, int sm_count) {
-  int best = 1;
-  int64_t best_cost = INT64_MAX;
-  for (int phases = 1; phases <= heads; ++phases) {
-    const int per_item = ceil_div(heads, phases);
-    if (ceil_div(heads, per_item) != phases) continue;
-    const int64_t waves = (blocks * phases + sm_count - 1) / sm_count;
-    const int64_t cost = waves * (ceil_div(per_item, groups) + 1);
-    if (cost < best_cost) best = phases, best_cost = cost;
-  }
-  return best;
-}
-
-int encode_rows(CUtensorMap* map, const char* name, const fa3_tensor& tensor, int dtype, const fa3_prep_params& p, int heads,
-                int rows) {
+// (head_dim, head, token, batch), box of `columns` x `heads` x `tokens`.
+int encode_rows(CUtensorMap* map, const char* name, const fa3_tensor& tensor, int dtype, const fa3_prep_params& p,
+                int head_count, int columns, int heads, int tokens, int swizzle_bytes) {
   const int bytes = dtype_bytes(dtype);
   TensorMapShape shape{};
   shape.rank = 4;
-  shape.swizzle_bytes = kSlabBytes;
-  const int64_t dims[4] = {p.head_dim, p.cu_seqlens ? p.total : p.seqlen, heads, p.cu_seqlens ? 1 : p.batch};
-  const int64_t strides[3] = {tensor.stride_token * bytes, tensor.stride_head * bytes, tensor.stride_batch * bytes};
-  const int box[4] = {kSlabBytes / bytes, rows, 1, 1};
+  shape.swizzle_bytes = swizzle_bytes;
+  const int64_t dims[4] = {p.head_dim, head_count, p.cu_seqlens ? p.total : p.seqlen, p.cu_seqlens ? 1 : p.batch};
+  const int64_t strides[3] = {tensor.stride_head * bytes, tensor.stride_token * bytes, tensor.stride_batch * bytes};
+  const int box[4] = {columns, heads, tokens, 1};
   for (int i = 0; i < 4; ++i) shape.dims[i] = dims[i], shape.box[i] = box[i];
   for (int i = 0; i < 3; ++i) shape.strides_bytes[i] = strides[i];
   return encode_tensor_map(map, name, dtype, tensor.ptr, shape);
 }
 
+int launch(const Kernel& kernel, int blocks, int warps, int shared_bytes, void* params, void* stream,
+           const char* what) {
+  FA3_TRY(allow_shared_memory(kernel.address, kSharedBytesPerBlock));
+  void* arguments[] = {params};
+  return check_cuda(cudaLaunchKernel(kernel.address, dim3(blocks), dim3(warps * 32), arguments, shared_bytes,
+                                     static_cast<cudaStream_t>(stream)),
+                    what);
+}
+
+// ---- the block kernel ------------------------------------------------------------------------
+
+// Into how many items the heads of a block are cut: the makespan of `sm_count` thread blocks that take items in turn, in
+// units of one tile per group. An item costs its rounds and `fill` more (barriers, filling the table).
+int choose_phases(int64_t blocks, int heads, int groups, int sm_count, int fill) {
+  int best = 1;
+  int64_t best_cost = INT64_MAX;
+  for (int phases = 1; phases <= heads; ++phases) {
+    const int64_t waves = (blocks * phases + sm_count - 1) / sm_count;
+    const int64_t cost = waves * (ceil_div(ceil_div(heads, phases), groups) + fill);
+    if (cost < best_cost) best = phases, best_cost = cost;
+  }
+  return best;
+}
+
 // `chosen`: indices of the tensors of this launch.
-int launch_rows(const fa3_prep_params& p, const int* chosen, int count, const Device& device) {
-  const bool quantize = p.tensors[chosen[0]].quantize != 0;
-  const RowKernel kernel = find_row_kernel(p.head_dim, p.out_dtype, p.inverse != 0);
-  RowParams row{};
+int launch_blocks(const fa3_prep_params& p, const int* chosen, int count, const Device& device) {
+  const Kernel kernel = find_block_kernel(p.head_dim, p.out_dtype);
+  BlockParams block{};
   int heads = 0;
   bool rope = false, hadamard = false;
-  for (int i = 0; i < kMaxTensors; ++i) row.first_tile[i] = INT_MAX;
+  for (int i = 0; i < kMaxTensors; ++i) block.first_tile[i] = INT_MAX;
   for (int i = 0; i < count; ++i) {
     const fa3_prep_tensor& tensor = p.tensors[chosen[i]];
-    const int out_dtype = quantize ? FA3_E4M3 : p.out_dtype, out_bytes = dtype_bytes(out_dtype);
-    const char* name = kTensorNames[chosen[i]];
-    FA3_TRY(encode_rows(&row.in[i], name, tensor.x, p.in_dtype, p, tensor.heads, kernel.rows));
-    FA3_TRY(encode_rows(&row.out[i], name, tensor.out, out_dtype, p, tensor.heads, kernel.rows));
-    row.tensors[i] = {static_cast<char*>(tensor.out.ptr), tensor.out.stride_token * out_bytes,
-                      tensor.out.stride_head * out_bytes, tensor.descale, tensor.heads, tensor.rope, tensor.hadamard};
-    row.first_tile[i] = heads;
+    block.tensors[i] = {static_cast<char*>(tensor.out.ptr), tensor.out.stride_token, tensor.out.stride_head,
+                        tensor.descale, tensor.heads, tensor.rope, tensor.hadamard};
+    block.first_tile[i] = heads;
     heads += tensor.heads;
     rope |= tensor.rope != 0;
     hadamard |= tensor.hadamard != 0;
   }
-  row.cos = rope ? p.cos : nullptr;
-  row.sin = rope ? p.sin : nullptr;
-  row.signs = hadamard ? p.signs : nullptr;
-  row.position_ids = p.position_ids;
-  row.cu_seqlens = p.cu_seqlens;
-  row.num_tensors = count;
-  row.batch = p.batch;
-  row.seqlen = p.seqlen;
-  row.total = p.total;
-  row.positions = p.positions;
-  row.rotary_dim = rope ? p.rotary_dim : 0;
-  row.interleaved = p.interleaved;
-  row.partial_neox = !p.interleaved && p.rotary_dim < p.head_dim;
-  row.quantize = quantize;
-  row.in_fp32 = p.in_dtype == FA3_FP32;
-
-  const RowPlan plan =
-      plan_rows(kernel, p.head_dim, row.rotary_dim, dtype_bytes(p.in_dtype), quantize, p.block_size);
-  if (plan.groups == 0)
+  block.rotation = rotation_of(p, rope);
+  block.sequences = sequences_of(p);
+  block.signs = hadamard ? p.signs : nullptr;
+  block.num_tensors = count;
+  block.heads_total = heads;
+  block.block_tokens = p.block_size;
+  block.group_warps = p.block_size / kernel.rows;
+  block.stage_in_bytes = slab_bytes(p.head_dim, 2, kernel.rows);
+  block.stage_out_bytes = slab_bytes(p.head_dim, 1, kernel.rows);
+  block.table_pitch = table_pitch(block.rotation.rotary_dim, kernel.lanes);
+  int warps = 0, shared_bytes = INT_MAX;
+  for (block.groups = kernel.warps / block.group_warps; block.groups > 0; --block.groups) {
+    warps = block.groups * block.group_warps;
+    block.table_offset = warps * (block.stage_in_bytes + block.stage_out_bytes);
+    block.control_offset = block.table_offset + 2 * p.block_size * block.table_pitch;
+    shared_bytes = block.control_offset + kernel.control_bytes;
+    if (shared_bytes <= kSharedBytesPerBlock) break;
+  }
+  if (block.groups == 0)
     return fail(FA3_INTERNAL, "%s: no work distribution fits shared memory (head_dim %d, rotary_dim %d)", kFunction,
-                p.head_dim, row.rotary_dim);
-  row.block_tokens = plan.block_tokens;
-  row.groups = plan.groups;
-  row.group_warps = plan.group_warps;
-  row.stage_in_bytes = plan.stage_in;
-  row.stage_out_bytes = plan.stage_out;
-  row.table_pitch = plan.pitch;
-  row.table_offset = plan.table;
-  row.control_offset = plan.control;
-  row.heads_total = heads;
-  // Packed: sequence b owns the slots from cu_seqlens[b] / block + b on, so total / block + batch hold any packing.
-  row.blocks = p.cu_seqlens ? p.total / plan.block_tokens + p.batch : ceil_div(p.seqlen, plan.block_tokens);
-  const int64_t blocks = p.cu_seqlens ? row.blocks : int64_t(p.batch) * row.blocks;
-  row.phases = choose_phases(blocks, heads, plan.groups, device.sm_count);
-  row.heads_per_phase = ceil_div(heads, row.phases);
-  if (blocks * row.phases > INT_MAX)
-    return fail(FA3_UNSUPPORTED, "%s: %lld blocks of %d tokens are too many", kFunction, static_cast<long long>(blocks),
-                plan.block_tokens);
-  row.items = static_cast<int>(blocks * row.phases);
+                p.head_dim, block.rotation.rotary_dim);
 
-  FA3_TRY(allow_shared_memory(kernel.address, kSharedBytesPerBlock));
-  void* arguments[] = {&row};
-  const dim3 grid(row.items < device.sm_count ? row.items : device.sm_count);
-  return check_cuda(cudaLaunchKernel(kernel.address, grid, dim3(plan.warps * 32), arguments, plan.shared_bytes,
-                                     static_cast<cudaStream_t>(p.stream)),
-                    "fa3_prep: launch of the row kernel");
+  // Packed: sequence b owns the slots from cu_seqlens[b] / block + b on, so total / block + batch hold any packing.
+  block.blocks = p.cu_seqlens ? p.total / p.block_size + p.batch : ceil_div(p.seqlen, p.block_size);
+  const int64_t blocks = p.cu_seqlens ? block.blocks : int64_t(p.batch) * block.blocks;
+  block.phases = choose_phases(blocks, heads, block.groups, device.sm_count, 1);
+  if (blocks * block.phases > INT_MAX)
+    return fail(FA3_UNSUPPORTED, "%s: %lld blocks of %d tokens are too many", kFunction, static_cast<long long>(blocks),
+                p.block_size);
+  block.items = static_cast<int>(blocks * block.phases);
+  constexpr int kAheadHeads = 4;
+  block.ahead_heads = block.phases == 1 ? kAheadHeads : 0;
+  for (int i = 0; i < count; ++i) {
+    const fa3_prep_tensor& tensor = p.tensors[chosen[i]];
+    const char* name = kTensorNames[chosen[i]];
+    FA3_TRY(encode_rows(&block.in[i], name, tensor.x, p.in_dtype, p, tensor.heads, kSlabBytes / 2, 1, kernel.rows, kSlabBytes));
+    FA3_TRY(encode_rows(&block.out[i], name, tensor.out, FA3_E4M3, p, tensor.heads, kSlabBytes, 1, kernel.rows, kSlabBytes));
+    if (block.ahead_heads > 0)
+      FA3_TRY(encode_rows(&block.ahead[i], name, tensor.x, p.in_dtype, p, tensor.heads, p.head_dim, block.ahead_heads, kernel.rows, 0));
+  }
+  const int grid = block.items < device.sm_count ? block.items : device.sm_count;
+  return launch(kernel, grid, warps, shared_bytes, &block, p.stream, "fa3_prep: launch of the block kernel");
 }
 
-// ---- the elementwise kernel ------------------------------------------------------------------
+// ---- the token kernel ------------------------------------------------------------------------
 
-int launch_elementwise(const fa3_prep_params& p, const int* chosen, int count, const Device& device) {
+// Heads of a warp's tile of `rows` rows: fewest idle lanes, then most heads, which lie together in memory.
+int choose_heads_log2(int heads, int rows) {
+  constexpr int kFewestLog2 = 3;
+  int best = kFewestLog2;
+  for (int log2 = kFewestLog2; 1 << log2 <= rows; ++log2)
+    if (round_up(heads, 1 << log2) <= round_up(heads, 1 << best)) best = log2;
+  return best;
+}
+
+int launch_tokens(const fa3_prep_params& p, const int* chosen, int count, const Device& device) {
+  const Kernel kernel = find_token_kernel(p.head_dim, p.out_dtype, p.inverse != 0);
+  const int rows_log2 = kernel.rows == 32 ? 5 : 4;
+  TokenParams token{};
+  bool rope = false, hadamard = false;
+  for (int i = 0; i < kMaxTensors; ++i) token.tensors[i].first_tile = INT_MAX;
+  for (int i = 0; i < count; ++i) {
+    const fa3_prep_tensor& tensor = p.tensors[chosen[i]];
+    TokenTensor& t = token.tensors[i];
+    t.heads_log2 = choose_heads_log2(tensor.heads, kernel.rows);
+    t.head_chunks = ceil_div(tensor.heads, 1 << t.heads_log2);
+    t.rope = tensor.rope;
+    t.hadamard = tensor.hadamard;
+    const int tokens_log2 = rows_log2 - t.heads_log2;
+    if (tokens_log2 > token.group_tokens_log2) token.group_tokens_log2 = tokens_log2;
+    rope |= t.rope != 0;
+    hadamard |= t.hadamard != 0;
+    const char* name = kTensorNames[chosen[i]];
+    const int in_columns = kSlabBytes / dtype_bytes(p.in_dtype);
+    FA3_TRY(encode_rows(&token.in[i], name, tensor.x, p.in_dtype, p, tensor.heads, in_columns, 1 << t.heads_log2, 1 << tokens_log2, kSlabBytes));
+    FA3_TRY(encode_rows(&token.out[i], name, tensor.out, p.out_dtype, p, tensor.heads, kSlabBytes / 2, 1 << t.heads_log2, 1 << tokens_log2, kSlabBytes));
+  }
+  for (int i = 0; i < count; ++i) {
+    TokenTensor& t = token.tensors[i];
+    t.first_tile = token.tiles_per_group;
+    token.tiles_per_group += t.head_chunks << (token.group_tokens_log2 - (rows_log2 - t.heads_log2));
+  }
+  token.rotation = rotation_of(p, rope);
+  token.sequences = sequences_of(p);
+  token.signs = hadamard ? p.signs : nullptr;
+  token.num_tensors = count;
+  token.in_fp32 = p.in_dtype == FA3_FP32;
+  token.groups_per_batch = ceil_div(p.cu_seqlens ? p.total : p.seqlen, 1 << token.group_tokens_log2);
+  const int64_t tiles = int64_t(token.groups_per_batch) * (p.cu_seqlens ? 1 : p.batch) * token.tiles_per_group;
+  if (tiles > INT_MAX)
+    return fail(FA3_UNSUPPORTED, "%s: %lld tiles are too many", kFunction, static_cast<long long>(tiles));
+  token.tiles = static_cast<int>(tiles);
+  token.stage_in_bytes = slab_bytes(p.head_dim, dtype_bytes(p.in_dtype), kernel.rows);
+  token.stage_out_bytes = slab_bytes(p.head_dim, 2, kernel.rows);
+  token.table_pitch = table_pitch(token.rotation.rotary_dim, kernel.lanes);
+  token.table_bytes = 2 * (token.table_pitch << token.group_tokens_log2);
+  // Most warps first, then a second input buffer.
+  int warps = 0, shared_bytes = 0;
+  auto fits = [&](int w, int stages) {
+    token.stages = stages;
+    token.warp_bytes = stages * token.stage_in_bytes + token.stage_out_bytes;
+    warps = w;
+    token.control_offset = w * (token.warp_bytes + token.table_bytes);
+    shared_bytes = token.control_offset + kernel.control_bytes;
+    return shared_bytes <= kSharedBytesPerBlock;
+  };
+  constexpr int kMaxStages = 2;
+  int most = kernel.warps;
+  while (most > 1 && !fits(most, 1)) --most;
+  if (!fits(most, kMaxStages)) fits(most, 1);
+  int grid = device.sm_count;
+  if (int64_t(grid) * warps > token.tiles) grid = ceil_div(token.tiles, warps);
+  return launch(kernel, grid, warps, shared_bytes, &token, p.stream, "fa3_prep: launch of the token kernel");
+}
+
+// ---- the rotary kernel -----------------------------------------------------------------------
+
+int launch_rotation(const fa3_prep_params& p, const int* chosen, int count, const Device& device) {
   RopeParams rope{};
   const int in_bytes = dtype_bytes(p.in_dtype);
   int heads = 0;
@@ -279,36 +361,32 @@ int launch_elementwise(const fa3_prep_params& p, const int* chosen, int count, c
                        tensor.out.stride_token * kOutBytes, tensor.out.stride_head * kOutBytes, tensor.heads};
     heads += tensor.heads;
   }
-  rope.cos = p.cos;
-  rope.sin = p.sin;
-  rope.position_ids = p.position_ids;
-  rope.cu_seqlens = p.cu_seqlens;
+  rope.rotation = rotation_of(p, true);
+  rope.sequences = sequences_of(p);
   rope.num_tensors = count;
-  rope.batch = p.batch;
-  rope.seqlen = p.seqlen;
-  rope.total = p.total;
-  rope.positions = p.positions;
   rope.head_dim = p.head_dim;
-  rope.rotary_dim = p.rotary_dim;
-  rope.interleaved = p.interleaved;
   rope.rows = rows_of(p);
   rope.direction = p.inverse ? -1.f : 1.f;
-  // Walking over more heads spreads the cost of cos and sin; fewer give more threads. Enough threads come first.
-  constexpr int kMostHeads = 16, kFewestHeads = 4, kThreadsPerSm = 4 * 768;
-  const int64_t threads_per_head = rope.rows * (p.head_dim / 16 + 1);
-  rope.heads_per_block = kMostHeads;
-  while (rope.heads_per_block > kFewestHeads &&
-         threads_per_head * ceil_div(heads, rope.heads_per_block) < int64_t(device.sm_count) * kThreadsPerSm)
-    rope.heads_per_block /= 2;
+  // A warp that walks over more heads loads cos and sin less often; more warps fill the GPU and even out its end.
+  constexpr int kWarpsPerSm = 8 * 32, kFewestHeads = 8;
+  rope.heads_per_warp = heads;
+  while (rope.heads_per_warp > kFewestHeads &&
+         rope.rows * ceil_div(heads, rope.heads_per_warp) < int64_t(device.sm_count) * kWarpsPerSm)
+    rope.heads_per_warp = ceil_div(rope.heads_per_warp, 2);
   return launch_rope(rope, p.in_dtype, p.out_dtype, static_cast<cudaStream_t>(p.stream));
 }
 
-// Which launch a tensor can share. Tables of cos and sin hold the signs, so of the rotated tensors those with and without the
-// transform part.
+// ---- kinds of launches -----------------------------------------------------------------------
+
+using Launch = int (*)(const fa3_prep_params&, const int* chosen, int count, const Device&);
+constexpr Launch kLaunches[] = {launch_rotation, launch_tokens, launch_blocks, launch_blocks};
+constexpr int kKinds = sizeof(kLaunches) / sizeof(kLaunches[0]);
+
+// Index into kLaunches. The block kernel's table of sines holds the signs, so of the rotated tensors those with and without
+// the transform part.
 int kind_of(const fa3_prep_params& p, const fa3_prep_tensor& tensor) {
-  if (!tensor.hadamard && !tensor.quantize) return 0;
-  const bool apart = p.signs != nullptr && tensor.rope && !tensor.hadamard;
-  return 1 + 2 * tensor.quantize + apart;
+  if (!tensor.quantize) return tensor.hadamard ? 1 : 0;
+  return p.signs != nullptr && tensor.rope && !tensor.hadamard ? 3 : 2;
 }
 
 }  // namespace
@@ -323,13 +401,11 @@ extern "C" int fa3_prep(const fa3_prep_params* params) {
   Device device;
   FA3_TRY(current_device(kFunction, &device));
   if (rows_of(p) == 0) return FA3_OK;
-  constexpr int kKinds = 5;
   for (int kind = 0; kind < kKinds; ++kind) {
     int chosen[kMaxTensors], count = 0;
     for (int t = 0; t < p.num_tensors; ++t)
       if (kind_of(p, p.tensors[t]) == kind) chosen[count++] = t;
-    if (count == 0) continue;
-    FA3_TRY(kind == 0 ? launch_elementwise(p, chosen, count, device) : launch_rows(p, chosen, count, device));
+    if (count > 0) FA3_TRY(kLaunches[kind](p, chosen, count, device));
   }
   return FA3_OK;
 }
