@@ -17,6 +17,7 @@ on the current stream, so CUDA graphs capture every op.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -85,7 +86,8 @@ def stream_of(x: Tensor) -> int:
 def call(name: str, params, device: torch.device) -> None:
     """Run ``name`` on ``device`` with a workspace as large as the library asks for."""
     library = _lib.load()
-    with torch.cuda.device(device):
+    here = torch.cuda.current_device() == device.index
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
         size = library.workspace(name, params)
         # Kept by this frame until the launch; the caching allocator orders reuse by stream.
         workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
