@@ -43,8 +43,8 @@ struct Fp8Consumer {
   const int group, warp, lane;
 
   float o[T::kValueParts][T::kValueColumns / 2];
-  float t[2][T::kTwoLevel ? T::kValueColumns / 2 : 1];
-  float s[T::kScoreParts][T::kScoreColumns / 2];
+  float t[T::kTwoLevel ? T::kValueColumns / 2 : 1];
+  float s[T::kBlockN / 2];
   uint32_t probability[T::kBlockN / 8];
   float m[2], l[2], alpha[2];
   float c, bias, unbias, q_scale;
@@ -90,19 +90,17 @@ struct Fp8Consumer {
   FA3_DEVICE int work(size_t field) const { return uniform(lds32(work_slot() + uint32_t(field))); }
 
   // ---- products (asynchronous)
-  template <int kPart>
   FA3_DEVICE void issue_scores() {
     const uint64_t a = descriptor_at(kRowForm, smem + offsetof(Shared, q)) + group * (T::kQBytes >> 4);
-    const uint64_t b = descriptor_at(kRowForm, smem + offsetof(Shared, k)) + k.stage * (T::kKBytes >> 4) +
-                       kPart * (T::kScoreColumns * T::kWidth >> 4);
-    using Mma = Wgmma<e4m3, T::kScoreColumns>;
+    const uint64_t b = descriptor_at(kRowForm, smem + offsetof(Shared, k)) + k.stage * (T::kKBytes >> 4);
+    using Mma = Wgmma<e4m3, T::kBlockN>;
 #pragma unroll
     for (int i = 0; i < T::kHeadDim / kStepBytes; ++i) {
       const int slab = i / kStepsPerSlab, inside = i % kStepsPerSlab * kStepBytes;
       const uint64_t ai = descriptor_step(a, slab * kWarpgroupRows * T::kWidth + inside);
       const uint64_t bi = descriptor_step(b, slab * T::kBlockN * T::kWidth + inside);
-      if (i == 0) Mma::ss_zero(s[kPart], ai, bi);
-      else Mma::ss(s[kPart], ai, bi);
+      if (i == 0) Mma::ss_zero(s, ai, bi);
+      else Mma::ss(s, ai, bi);
     }
     wgmma_commit();
   }
@@ -116,8 +114,8 @@ struct Fp8Consumer {
       const uint32_t* a = probability + 4 * i;
       const uint64_t bi = descriptor_step(b, i * kStepBytes);
       if constexpr (!T::kTwoLevel) Mma::rs(o[kPart], a[0], a[1], a[2], a[3], bi);
-      else if (i == 0) Mma::rs_zero(t[kPart % 2], a[0], a[1], a[2], a[3], bi);
-      else Mma::rs(t[kPart % 2], a[0], a[1], a[2], a[3], bi);
+      else if (i == 0) Mma::rs_zero(t, a[0], a[1], a[2], a[3], bi);
+      else Mma::rs(t, a[0], a[1], a[2], a[3], bi);
     }
     wgmma_commit();
   }
@@ -125,98 +123,54 @@ struct Fp8Consumer {
   FA3_DEVICE void promote() {
 #pragma unroll
     for (int r = 0; r < T::kValueColumns / 2; ++r)
-      o[kPart][r] = fmaf(o[kPart][r], alpha[(r >> 1) & 1], t[kPart % 2][r]);
+      o[kPart][r] = fmaf(o[kPart][r], alpha[(r >> 1) & 1], t[r]);
     pin(o[kPart]);
   }
 
-  // A turn at the tensor cores: P V of this block, then (kNext) Q K^T of the next one.
+  // A turn at the tensor cores: P V of this block, then (kNext) Q K^T of the next one. Where the registers of S are free
+  // beside those of P V (kScoresAhead), both are issued at once.
   template <bool kNext>
   FA3_DEVICE void turn() {
     wait_turn();
+    value_parts<kNext, 0>();
+    if constexpr (kNext && !T::kScoresAhead) {
+      wait_keys();  // a branch: without one ptxas adds T to O after the issue, and S no longer fits in the place of T
+      wgmma_fence();
+      issue_scores();
+    }
+    if constexpr (!kNext || !T::kScoresAhead) pass_turn();
+  }
+  template <bool kNext, int kPart>
+  FA3_DEVICE void value_parts() {
+    constexpr bool kLast = kPart + 1 == T::kValueParts;
+    constexpr bool kAhead = kNext && kLast && T::kScoresAhead;
     pin(probability);
     if constexpr (!T::kTwoLevel) pin(o[0]);
+    if constexpr (kPart > 0) wait_values();  // a branch, as above
     wgmma_fence();
-    issue_values<0>();
-    if constexpr (T::kValueParts == 1) {
-      if constexpr (kNext) issue_scores<0>();
-      if constexpr (T::kScoreParts == 1) pass_turn();
-      wgmma_wait<(kNext ? 1 : 0)>();
-      if constexpr (T::kTwoLevel) pin(t[0]);
-      else pin(o[0]);
-      pin(probability);
-      if constexpr (T::kScoreParts == 2) {
-        if constexpr (kNext) {
-          wgmma_fence();
-          issue_scores<1>();
-        }
-        pass_turn();
-      }
-      release_values();
-      if constexpr (T::kTwoLevel) promote<0>();
-    } else {
-      issue_values<1>();
-      promote_and_refill<2>();
-      constexpr int kLast = T::kValueParts - 1;
-      wgmma_wait<1>();
-      pin(t[(kLast - 1) % 2]);
-      promote<kLast - 1>();
-      if constexpr (kNext && T::kScoreParts == 2) {
-        wait_keys();
-        wgmma_fence();
-        issue_scores<0>();
-        wgmma_wait<1>();
-      } else {
-        wgmma_wait<0>();
-      }
-      pin(t[kLast % 2]);
-      pin(probability);
-      promote<kLast>();
-      if constexpr (kNext) {
-        wait_keys();
-        wgmma_fence();
-        if constexpr (T::kScoreParts == 2) issue_scores<1>();
-        else issue_scores<0>();
-      }
+    issue_values<kPart>();
+    if constexpr (kAhead) {
+      issue_scores();
       pass_turn();
-      release_values();
     }
-  }
-  template <int kPart>
-  FA3_DEVICE void promote_and_refill() {
-    if constexpr (kPart < T::kValueParts) {
-      wgmma_wait<1>();
-      pin(t[kPart % 2]);
-      promote<kPart - 2>();
-      wait_values();
-      wgmma_fence();
-      issue_values<kPart>();
-      promote_and_refill<kPart + 1>();
-    }
-  }
-  FA3_DEVICE void issue_all_scores() {
-    issue_scores<0>();
-    if constexpr (T::kScoreParts == 2) issue_scores<1>();
+    wgmma_wait<(kAhead ? 1 : 0)>();
+    if constexpr (T::kTwoLevel) pin(t);
+    else pin(o[0]);
+    pin(probability);
+    if constexpr (kLast) release_values();
+    if constexpr (T::kTwoLevel) promote<kPart>();
+    if constexpr (!kLast) value_parts<kNext, kPart + 1>();
   }
 
   // ---- softmax of block n, whose scores are in flight
   FA3_DEVICE void softmax(int n, bool masked) {
     read_scales();
-    float top[2] = {-INFINITY, -INFINITY};
-    if constexpr (T::kScoreParts == 2) {
-      wgmma_wait<1>();
-      pin(s[0]);
-      if (masked) mask_part<0>(n);
-      part_max<0>(top);
-    }
     wgmma_wait<0>();
-    constexpr int kLast = T::kScoreParts - 1;
-    pin(s[kLast]);
+    pin(s);
     release_keys();
-    if (masked) mask_part<kLast>(n);
-    part_max<kLast>(top);
-    if constexpr (kIntegerMax) {
-      if (__any_sync(0xffffffffu, __float_as_int(top[0]) < 0 || __float_as_int(top[1]) < 0)) negative_max(top);
-    }
+    if (masked) mask(n);
+    float top[2];
+    row_maxima(top);
 
     float shift[2], sum[2];
 #pragma unroll
@@ -231,51 +185,32 @@ struct Fp8Consumer {
 #pragma unroll
       for (int r = 0; r < T::kValueColumns / 2; ++r) o[0][r] *= alpha[(r >> 1) & 1];
     }
-#pragma unroll
-    for (int h = 0; h < T::kScoreParts; ++h) {
-      row_exp2<0>(s[h], c, shift[0]);
-      row_exp2<1>(s[h], c, shift[1]);
-      const float sum0 = row_sum<0>(s[h]), sum1 = row_sum<1>(s[h]);
-      sum[0] = h == 0 ? sum0 : sum[0] + sum0;
-      sum[1] = h == 0 ? sum1 : sum[1] + sum1;
-    }
-#pragma unroll
-    for (int h = 0; h < T::kScoreParts; ++h) {
-      pack_row<0>(s[h], probability + h * (T::kScoreColumns / 8));
-    }
-#pragma unroll
-    for (int h = 0; h < T::kScoreParts; ++h) {
-      pack_row<1>(s[h], probability + h * (T::kScoreColumns / 8));
-    }
+    row_exp2<0>(s, c, shift[0]);
+    row_exp2<1>(s, c, shift[1]);
+    sum[0] = row_sum<0>(s);
+    sum[1] = row_sum<1>(s);
+    pack_row<0>(s, probability);
+    pack_row<1>(s, probability);
 #pragma unroll
     for (int i = 0; i < 2; ++i) l[i] = fmaf(sum[i], unbias, l[i] * alpha[i]);
   }
-  template <int kPart>
-  FA3_DEVICE void part_max(float (&top)[2]) {
+  FA3_DEVICE void row_maxima(float (&top)[2]) {
     if constexpr (kIntegerMax) {
-      top[0] = __int_as_float(row_max_signed<0>(s[kPart], __float_as_int(top[0])));
-      top[1] = __int_as_float(row_max_signed<1>(s[kPart], __float_as_int(top[1])));
+      top[0] = __int_as_float(row_max_signed<0>(s));
+      top[1] = __int_as_float(row_max_signed<1>(s));
+      if (__any_sync(0xffffffffu, __float_as_int(top[0]) < 0 || __float_as_int(top[1]) < 0)) {
+        if (__float_as_int(top[0]) < 0) top[0] = row_max_negative<0>(s);
+        if (__float_as_int(top[1]) < 0) top[1] = row_max_negative<1>(s);
+      }
     } else {
-      top[0] = row_max<0>(s[kPart], top[0]);
-      top[1] = row_max<1>(s[kPart], top[1]);
+      top[0] = row_max<0>(s);
+      top[1] = row_max<1>(s);
     }
   }
-  FA3_DEVICE void negative_max(float (&top)[2]) {
-    uint32_t low[2] = {0xffffffffu, 0xffffffffu};
-#pragma unroll
-    for (int h = 0; h < T::kScoreParts; ++h) {
-      low[0] = row_max_negative<0>(s[h], low[0]);
-      low[1] = row_max_negative<1>(s[h], low[1]);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (__float_as_int(top[i]) < 0) top[i] = __uint_as_float(low[i]);
-  }
-  template <int kPart>
-  FA3_DEVICE void mask_part(int n) {
+  FA3_DEVICE void mask(int n) {
     const int row0 = work(offsetof(Fp8Work, row0)), len_q = work(offsetof(Fp8Work, len_q));
     const int len_k = work(offsetof(Fp8Work, len_k));
-    const int column0 = n * T::kBlockN + kPart * T::kScoreColumns + 2 * (lane % 4);
+    const int column0 = n * T::kBlockN + 2 * (lane % 4);
     const int row = row0 + group * kWarpgroupRows + warp * 16 + lane / 4 + len_k - len_q;
     int low[2], high[2];
 #pragma unroll
@@ -283,7 +218,7 @@ struct Fp8Consumer {
       low[i] = row + 8 * i - p.window_left - column0;
       high[i] = min(len_k, row + 8 * i + p.window_right + 1) - column0;
     }
-    mask_scores(s[kPart], low, high);
+    mask_scores(s, low, high);
   }
 
   // ---- key blocks that no row of this warpgroup sees: the barriers still count on it
@@ -331,7 +266,7 @@ struct Fp8Consumer {
     int n = mine.end - 1;
     wait_keys();
     wgmma_fence();
-    issue_all_scores();
+    issue_scores();
     for (;; --n) {
       softmax(n, n < whole.begin || n >= whole.end);
       if (n == mine.begin) break;

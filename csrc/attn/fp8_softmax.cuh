@@ -1,7 +1,7 @@
 // Softmax of one block of scores in registers: masks, row maximum, exponentials, sums, conversion to e4m3.
 //
-// A thread has 2 rows (i = 0, 1) of the 64 x kBlockN scores, in kParts pieces: register 4n + 2i + e of piece h is row
-// lane / 4 + 8i, column h * 2N + 8n + 2 (lane % 4) + e (tile/layout.cuh).
+// A thread has 2 rows (i = 0, 1) of the 64 x kBlockN scores: register 4n + 2i + e is row lane / 4 + 8i, column
+// 8n + 2 (lane % 4) + e (tile/layout.cuh).
 #pragma once
 #include <cmath>
 
@@ -29,10 +29,10 @@ FA3_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// max(seed, the thread's scores of row kRow); a NaN score is passed over here and surfaces in the row sum.
+// Largest of the thread's scores of row kRow; a NaN score is passed over here and surfaces in the row sum.
 template <int kRow, int N>
-FA3_DEVICE float row_max(const float (&s)[N], float seed) {
-  float a = fmaxf(seed, s[2 * kRow]), b = s[2 * kRow + 1];
+FA3_DEVICE float row_max(const float (&s)[N]) {
+  float a = s[2 * kRow], b = s[2 * kRow + 1];
 #pragma unroll
   for (int n = 1; n < N / 4; ++n) {
     a = fmaxf(a, s[4 * n + 2 * kRow]);
@@ -44,8 +44,8 @@ FA3_DEVICE float row_max(const float (&s)[N], float seed) {
 // The same with 3-input integer maxima, half the instructions. Floats order like signed integers unless both are
 // negative: the result is right if it is >= 0, and some negative score if none is >= 0 (then: row_max_negative).
 template <int kRow, int N>
-FA3_DEVICE int row_max_signed(const float (&s)[N], int seed) {
-  int a = max(seed, __float_as_int(s[2 * kRow])), b = __float_as_int(s[2 * kRow + 1]);
+FA3_DEVICE int row_max_signed(const float (&s)[N]) {
+  int a = __float_as_int(s[2 * kRow]), b = __float_as_int(s[2 * kRow + 1]);
 #pragma unroll
   for (int n = 1; n + 1 < N / 4; n += 2) {
     a = __vimax3_s32(a, __float_as_int(s[4 * n + 2 * kRow]), __float_as_int(s[4 * n + 4 + 2 * kRow]));
@@ -57,12 +57,12 @@ FA3_DEVICE int row_max_signed(const float (&s)[N], int seed) {
 }
 // Among scores that are all negative the largest has the smallest bit pattern.
 template <int kRow, int N>
-FA3_DEVICE uint32_t row_max_negative(const float (&s)[N], uint32_t seed) {
-  uint32_t a = min(seed, __float_as_uint(s[2 * kRow])), b = __float_as_uint(s[2 * kRow + 1]);
+FA3_DEVICE float row_max_negative(const float (&s)[N]) {
+  uint32_t a = __float_as_uint(s[2 * kRow]), b = __float_as_uint(s[2 * kRow + 1]);
 #pragma unroll
   for (int n = 1; n < N / 4; ++n)
     a = __vimin3_u32(a, __float_as_uint(s[4 * n + 2 * kRow]), __float_as_uint(s[4 * n + 1 + 2 * kRow]));
-  return min(a, b);
+  return __uint_as_float(min(a, b));
 }
 
 // s = 2^(s * scale - shift)

@@ -44,16 +44,16 @@ struct Fp8Tile {
   int head_dim;
   int warpgroups;     // of 64 query rows
   int value_columns;  // two levels: columns of P V that are promoted at a time
-  int score_parts;    // Q K^T in so many pieces: the first one grows while P V still holds its registers
+  bool scores_ahead;  // Q K^T of the next block is issued together with P V: registers for both
   int k_stages, raw_stages, v_stages;
 };
 constexpr Fp8Tile kFp8Tiles[] = {
-    // d   wg  cols parts  K  raw  Vt      binds
-    {64, 3, 64, 1, 4, 6, 4},   //          exponentials; registers: S 64 + P 16 + T 32 + O 32 of 160
-    {96, 3, 48, 2, 3, 4, 3},   //          registers: P 16 + 2 T 48 + O 48, S in halves
-    {128, 3, 32, 2, 3, 4, 3},  //          registers: P 16 + 2 T 32 + O 64, S in halves
-    {192, 2, 64, 2, 2, 3, 2},  //          shared memory 209 KB
-    {256, 2, 32, 2, 2, 3, 2},  //          shared memory 225 KB; registers: P 16 + 2 T 32 + O 128 of 232
+    // d   wg  cols ahead  K  raw  Vt      binds
+    {64, 3, 64, true, 4, 6, 4},     //     exponentials; registers: S 64 + P 16 + T 32 + O 32 of 160
+    {96, 3, 96, false, 3, 4, 3},    //     registers: S 64 or P 16 + T 48, O 48
+    {128, 3, 128, false, 3, 4, 3},  //     registers: S 64 or P 16 + T 64, O 64
+    {192, 2, 192, false, 2, 3, 2},  //     shared memory 209 KB
+    {256, 2, 128, false, 2, 3, 2},  //     shared memory 225 KB; registers: P 16 + T 64 + O 128 of 232
 };
 constexpr Fp8Tile fp8_tile(int head_dim) {
   for (const Fp8Tile& row : kFp8Tiles)
@@ -75,11 +75,11 @@ struct Fp8Traits {
   static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
   static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
 
-  // One level: P V accumulates into O itself, in one piece.
+  // One level: P V accumulates into O itself, in one piece. Pieces are as wide as registers allow: a narrow product with
+  // A from registers takes as long as a wide one.
   static constexpr int kValueColumns = kTwoLevel ? kTile.value_columns : kHeadDim;
   static constexpr int kValueParts = kHeadDim / kValueColumns;
-  static constexpr int kScoreParts = kTile.score_parts;
-  static constexpr int kScoreColumns = kBlockN / kScoreParts;
+  static constexpr bool kScoresAhead = kTile.scores_ahead;
 
   // Rows of Q, K and V: slabs of 64 or 128 bytes. Rows of Vt: 128 keys.
   static constexpr int kWidth = kHeadDim <= 64 ? 64 : 128;
