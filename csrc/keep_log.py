@@ -1,7 +1,7 @@
 """Compiler launcher: runs the command and keeps what ptxas says in OBJECT.ptxas.
 
-`-Xptxas -v` reports registers, spills and serialized wgmma as remarks that scroll past and do not fail a
-build. tests/build reads the files written here and does fail.
+`-Xptxas -v` reports registers, spills and serialized wgmma as remarks that scroll past and do not
+fail a build. tests/build reads the files written here and does fail.
 """
 
 import subprocess

@@ -189,10 +189,11 @@ extern "C" int fa3_attn_fwd(const fa3_attn_fwd_params* params) {
   int* counter = static_cast<int*>(a.workspace);
   if (varlen) {
     int* order = counter + kCounterBytes / sizeof(int);
-    tiles = (int64_t(a.total_q) / block_m + a.batch) * a.heads_q;
+    tiles = (int64_t(a.total_q) / block_m + a.batch + 1) * a.heads_q;
     p.varlen_order = order;
     p.tile_counter = counter;
-    FA3_TRY(make_varlen_order(a.cu_seqlens_q, a.cu_seqlens_k, a.batch, a.heads_q, block_m, order, counter, stream));
+    FA3_TRY(make_varlen_order(a.cu_seqlens_q, a.cu_seqlens_k, a.batch, a.total_q, a.heads_q, block_m, order,
+                              counter, stream));
   } else {
     p.tiles_per_head = ceil_div(a.seqlen_q, block_m);
     tiles = int64_t(p.tiles_per_head) * a.heads_q * a.batch;

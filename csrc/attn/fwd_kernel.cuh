@@ -53,14 +53,15 @@ FA3_DEVICE typename T::Tile locate_tile(const FwdParams& p, int index, int lane)
     t.batch = at.head / p.heads_q;
     t.head = at.head - t.batch * p.heads_q;
   } else {
-    const VarlenOrder order{p.varlen_order, p.batch};
+    const VarlenOrder order{p.varlen_order, p.batch + 1};
     if (index >= order.num_tiles()) return t;
     const int rank = order.rank_of(index, lane);
     t.batch = order.sequence(rank);
     t.start_q = p.cu_seqlens_q[t.batch];
     t.start_k = p.cu_seqlens_k[t.batch];
-    t.seqlen_q = p.cu_seqlens_q[t.batch + 1] - t.start_q;
-    t.seqlen_k = p.cu_seqlens_k[t.batch + 1] - t.start_k;
+    const bool padding = t.batch == p.batch;  // rows behind the last sequence
+    t.seqlen_q = (padding ? p.total_q : p.cu_seqlens_q[t.batch + 1]) - t.start_q;
+    t.seqlen_k = padding ? 0 : p.cu_seqlens_k[t.batch + 1] - t.start_k;
     const int section = heads_per_section(int64_t(t.seqlen_k) * (T::kDimQK + T::kDimV) * 2, p.group, p.l2_bytes);
     at = longest_first(index - order.first_tile(rank), ceil_div(t.seqlen_q, T::BLOCK_M), p.heads_q, section);
     t.head = at.head;
@@ -529,7 +530,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float sum = row_total(i), top = reference[i], factor = 1.f;
-      if (p.sink != nullptr) {
+      if (p.sink != nullptr && t.batch < p.batch) {
         const float sink = p.sink[t.head] * kLog2e, higher = fmaxf(top, sink);
         if (higher != -INFINITY) {
           factor = exp2_approx(top - higher);

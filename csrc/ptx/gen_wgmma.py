@@ -1,8 +1,8 @@
 """Writes wgmma_shapes.cuh: one C++ wrapper per wgmma.mma_async shape and operand form.
 
-wgmma names every accumulator register in the instruction, so that a wrapper for 64 x 256 lists 128 of
-them; writing those by hand invites the one wrong index that no compiler notices. Transpose bits and the
-zero-accumulator predicate are template arguments and constants of one body, not separate bodies.
+wgmma names every accumulator register in the instruction, so that a wrapper for 64 x 256 lists 128
+of them; writing those by hand invites the one wrong index that no compiler notices. Transpose bits
+are template arguments of one body, not separate bodies.
 
 Usage: python3 gen_wgmma.py OUTPUT
 """
@@ -33,7 +33,9 @@ struct Wgmma {
 """
 
 
-def wrapper(ptx: str, depth: int, transposable: bool, n: int, from_registers: bool, zero: bool) -> str:
+def wrapper(
+    ptx: str, depth: int, transposable: bool, n: int, from_registers: bool, zero: bool
+) -> str:
     """One static member function: rs or ss, accumulating or starting from zero."""
     registers = n // 2
     bound = "=f" if zero else "+f"
@@ -80,7 +82,8 @@ def main() -> None:
     out = [HEAD]
     for element, (ptx, depth, transposable) in ELEMENTS.items():
         for n in COLUMNS:
-            out.append(f"template <>\nstruct Wgmma<{element}, {n}> {{\n  static constexpr int K = {depth};\n")
+            out.append(f"template <>\nstruct Wgmma<{element}, {n}> {{")
+            out.append(f"  static constexpr int K = {depth};\n")
             for from_registers in (False, True):
                 for zero in (False, True):
                     out.append(wrapper(ptx, depth, transposable, n, from_registers, zero))

@@ -1,8 +1,9 @@
 """Layouts, descriptors, fragments, masks and schedules of ``csrc/tile``, by brute force on the CPU.
 
-The headers are compiled for the host (``tile_host.cpp``) and every function is compared with a formula
-written here from the hardware's documentation or from the definition of the mask, over every index or
-over many shapes. What the formulas themselves assume about the hardware is what the GPU tests check.
+The headers are compiled for the host (``tile_host.cpp``) and every function is compared with a
+formula written here from the hardware's documentation or from the definition of the mask, over
+every index or over many shapes. What the formulas themselves assume about the hardware is what the
+GPU tests check.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def ints(function: ctypes._NamedFuncPointer, *arguments: int, count: int = 2) ->
 @pytest.mark.parametrize("width", [128, 64, 32])
 @pytest.mark.parametrize("elem_bytes", [1, 2, 4])
 @pytest.mark.parametrize("rows", [8, 64, 112])
-def test_tile_offset_is_the_documented_swizzle(host, width: int, elem_bytes: int, rows: int) -> None:
+def test_tile_offset_is_the_documented_swizzle(
+    host, width: int, elem_bytes: int, rows: int
+) -> None:
     """TMA swizzle modes XOR the 16-byte chunk (of 8, 4 or 2) with address bits 7 and up."""
     cols = 2 * width // elem_bytes  # two slabs
     seen = set()
@@ -101,9 +104,9 @@ def test_descriptor_fields(host, width: int, mode: int) -> None:
 def fetch_address(fields: dict[str, int], width: int, mn_major: bool, mn: int, k: int) -> int:
     """Byte address at which the tensor core looks for 16-bit element (mn, k) of an operand.
 
-    Core matrices are 8 x 16 bytes. K-major: rows of an 8-row group are `width` bytes apart, groups SBO
-    apart. MN-major: `width` bytes of MN per k, 8 k per group, groups SBO apart, slabs LBO apart. The
-    swizzle acts on the final address.
+    Core matrices are 8 x 16 bytes. K-major: rows of an 8-row group are `width` bytes apart, groups
+    SBO apart. MN-major: `width` bytes of MN per k, 8 k per group, groups SBO apart, slabs LBO
+    apart. The swizzle acts on the final address.
     """
     per_slab = width // 2
     if mn_major:
@@ -119,7 +122,7 @@ def fetch_address(fields: dict[str, int], width: int, mn_major: bool, mn: int, k
 @pytest.mark.parametrize("width", [128, 64])
 @pytest.mark.parametrize("rows,cols", [(64, 128), (128, 192), (80, 256)])
 def test_descriptors_find_what_tma_wrote_k_major(host, width: int, rows: int, cols: int) -> None:
-    """Q, K: element (row, col) of the tile is (mn, k); k-steps of 16 advance 32 bytes inside a slab."""
+    """Q, K: element (row, col) is (mn, k); k-steps of 16 advance 32 bytes inside a slab."""
     base = 3 * 1024
     per_slab = width // 2
     for step in range(cols // 16):
@@ -149,7 +152,8 @@ def test_descriptors_find_what_tma_wrote_mn_major(host, width: int, rows: int, c
 def test_accumulator_covers_the_tile_once(host, n: int) -> None:
     positions = {ints(host.acc_position, t, r) for t in range(128) for r in range(n // 2)}
     assert positions == set(itertools.product(range(64), range(n)))
-    # PTX ISA, D fragment: row of a warp's 16 is lane/4 (+8 for registers 2, 3), columns 8 (r/4) + 2 (lane%4) + r%2
+    # PTX ISA, D fragment: row lane/4 of a warp's 16 (+8 for registers 2 and 3 of every four), column
+    # 8 (r/4) + 2 (lane%4) + r%2
     assert ints(host.acc_position, 37, 6) == (16 + 5 // 4 + 8, 8 + 2 * (5 % 4))
 
 
@@ -191,7 +195,17 @@ def visible(mask: str, sq: int, sk: int, left: int, right: int, i: int, j: int) 
 
 def mask_cases() -> list[tuple[str, int, int, int, int]]:
     generator = random.Random(1)
-    shapes = [(1, 1), (5, 0), (0, 7), (113, 203), (203, 113), (64, 64), (129, 300), (300, 7), (40, 128)]
+    shapes = [
+        (1, 1),
+        (5, 0),
+        (0, 7),
+        (113, 203),
+        (203, 113),
+        (64, 64),
+        (129, 300),
+        (300, 7),
+        (40, 128),
+    ]
     cases = [(mask, *shape, -1, -1) for mask in ("none", "causal") for shape in shapes]
     for shape in shapes:
         for left, right in [(0, 0), (-1, 3), (17, -1), (50, 0), (0, 60), (1000, 1000), (33, 31)]:
@@ -203,7 +217,9 @@ def mask_cases() -> list[tuple[str, int, int, int, int]]:
 
 
 @pytest.mark.parametrize("mask,sq,sk,left,right", mask_cases())
-def test_mask_bounds_and_block_ranges(host, mask: str, sq: int, sk: int, left: int, right: int) -> None:
+def test_mask_bounds_and_block_ranges(
+    host, mask: str, sq: int, sk: int, left: int, right: int
+) -> None:
     keys = []
     for i in range(sq):
         seen = [j for j in range(sk) if visible(mask, sq, sk, left, right, i, j)]
@@ -230,12 +246,16 @@ def test_mask_bounds_and_block_ranges(host, mask: str, sq: int, sk: int, left: i
 
 
 # ---- schedule ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("tiles,heads,section", [(1, 1, 1), (7, 12, 4), (5, 10, 4), (16, 3, 8), (3, 9, 9)])
+@pytest.mark.parametrize(
+    "tiles,heads,section", [(1, 1, 1), (7, 12, 4), (5, 10, 4), (16, 3, 8), (3, 9, 9)]
+)
 def test_longest_first_visits_every_tile_once(host, tiles: int, heads: int, section: int) -> None:
     order = [ints(host.tile_at, i, tiles, heads, section) for i in range(tiles * heads)]
     assert set(order) == set(itertools.product(range(tiles), range(heads)))
     assert len(order) == len(set(order))
-    for first in range(0, heads, section):  # a section is contiguous, and falls from its last query tile
+    for first in range(
+        0, heads, section
+    ):  # a section is contiguous, and falls from its last query tile
         width = min(section, heads - first)
         part = order[first * tiles : first * tiles + width * tiles]
         assert {head for _, head in part} == set(range(first, first + width))
