@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fa3_train.models.config import MODELS
-from fa3_train.modules import FlashAttention
+from fa3_train.modules import FlashAttention, TransformerLayer
 from fa3_train.train.compose import load
 from fa3_train.train.flops import peak_of, step_flops, visible_square
 from fa3_train.train.metrics import PHASES, StepMeter
@@ -340,3 +340,28 @@ def test_description_names_formula_peak_and_gpu():
     assert info["attention_backend"] in ("sdpa", "reference")
     meter.peak = peak_of(H100)
     assert "datasheet" in meter.describe()["peak_source"]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_probe_inside_recomputed_layers(checkpointing):
+    torch.manual_seed(0)
+    layer = TransformerLayer(
+        32, 48, 2, 1, backend="sdpa", activation_checkpointing=checkpointing, max_seq_len=64
+    )
+    x = torch.randn(1, 24, 32)
+
+    def train(every):
+        layer.zero_grad()
+        meter = make(layer, words=[f"logging.attention_every={every}"])
+        meter.start_step(1)
+        loss = layer(x).square().sum()
+        loss.backward()
+        meter.end_step(loss=loss.detach(), grad_norm=None, lr=0)
+        (r,) = meter.flush()
+        return r["attention_share"], [p.grad.clone() for p in layer.parameters()]
+
+    share, probed = train(1)
+    none, plain = train(0)
+    assert 0 < share < 1 and none is None
+    for a, b in zip(probed, plain, strict=True):
+        assert torch.equal(a, b)
