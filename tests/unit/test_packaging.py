@@ -1,0 +1,56 @@
+"""The wheel: tag, contents, and the sentence about the kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fa3_train import _lib
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    if importlib.util.find_spec("scikit_build_core") is None:
+        pytest.skip("scikit-build-core is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w",
+        str(folder), str(ROOT),
+    ]  # fmt: skip
+    env = {**os.environ, "FA3_TRAIN_CUDA": "0"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_one_wheel_for_every_python(wheel):
+    assert "-py3-none-" in wheel.name
+
+
+def test_contents(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in ("fa3_train/_lib.py", "fa3_train/ops/attention.py", "fa3_train/bench/__main__.py"):
+        assert path in names
+    for folder, target in (("conf", "fa3_train/conf"), ("recipes", "fa3_train/recipes")):
+        for source in (ROOT / folder).rglob("*.yaml"):
+            assert f"{target}/{source.relative_to(ROOT / folder)}" in names
+    assert not [n for n in names if n.startswith(("tests", "csrc", "conf", "recipes", "docs"))]
+
+
+def test_loader_repeats_what_the_build_said(tmp_path, monkeypatch):
+    package = tmp_path / "fa3_train"
+    (package / "lib").mkdir(parents=True)
+    (package / "lib" / "build.txt").write_text("no CUDA compiler found\n")
+    monkeypatch.setattr(_lib, "__file__", str(package / "_lib.py"))
+    monkeypatch.delenv(_lib.ENV_VARIABLE, raising=False)
+    with pytest.raises(_lib.LibraryNotFound, match="When installed: no CUDA compiler found Build"):
+        _lib.find_library()
