@@ -145,7 +145,8 @@ FA3_API int fa3_attn_fp8_fwd(const fa3_attn_fp8_fwd_params* params);
  * inverse = 1: the gradient, i.e. inverse Hadamard then inverse RoPE (quantization is straight-through: quantize = 0).
  * Hadamard and quantize: head_dim 64, 96 (3 x 32), 128, 192 (3 x 64), 256. Packed rows past cu_seqlens[batch] are not written.
  * A block with a NaN or an infinity gets descale NaN and NaN codes, an all-zero block descale 1. A position outside
- * of the tables gives NaN. */
+ * of the tables gives NaN. A descale has at most 4 significant bits, so that code * descale is exact in bf16.
+ * in_dtype FA3_E4M3: the way back, out = x * descale (an input then), all stages 0. */
 typedef struct fa3_prep_tensor {
   fa3_tensor x;   /* in_dtype, (B, S, heads, D) or varlen (total, heads, D) */
   fa3_tensor out; /* e4m3 if quantize, else out_dtype */
@@ -167,7 +168,7 @@ typedef struct fa3_prep_params {
   int32_t head_dim, rotary_dim; /* rotary_dim <= head_dim, even; the rest passes through */
   int32_t interleaved;          /* 1: pairs (2i, 2i+1); 0: (i, i + rotary_dim / 2) */
   int32_t inverse;
-  int32_t in_dtype, out_dtype; /* BF16, FP16; in_dtype FP32 only with inverse */
+  int32_t in_dtype, out_dtype; /* BF16, FP16; in_dtype also FP32 with inverse, and E4M3 */
   int32_t block_size;          /* 128 (64: 64-token blocks) */
 } fa3_prep_params;
 

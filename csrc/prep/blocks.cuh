@@ -219,10 +219,9 @@ __global__ void __launch_bounds__(BlockTraits<D>::kThreads, 1) block_kernel(cons
 #pragma unroll 1
       for (int w = 0; w < p.group_warps; ++w) bits = max(bits, control.amax[buffer][group * p.group_warps + w]);
       buffer ^= 1;
-      const BlockScale scale = block_scale(bits);
+      const BlockScale scale = block_scale(bits, hadamard ? Shape::kScale : 1.f);
       if (lane == 0 && warp_row == 0)
-        tensor.descale[(int64_t(it.batch_out) * tensor.heads + head) * p.blocks + it.block] =
-            hadamard && bits != 0 ? scale.descale * Shape::kScale : scale.descale;
+        tensor.descale[(int64_t(it.batch_out) * tensor.heads + head) * p.blocks + it.block] = scale.descale;
 
       // ---- codes to the output buffer, once its last store has left it; store
       if (lane == 0) bulk_wait_read<0>();

@@ -97,6 +97,25 @@ struct RopeParams {
   float direction;      // +1 rotate, -1 rotate back
 };
 
+// ---- dequantization: codes -> 16-bit ----
+
+struct DequantizeTensor {
+  const char* codes;
+  char* out;
+  int64_t codes_batch, codes_token, codes_head;  // bytes
+  int64_t out_batch, out_token, out_head;
+  const float* descale;  // (batch, heads, blocks)
+  int heads;
+};
+
+struct DequantizeParams {
+  DequantizeTensor tensors[kMaxTensors];
+  Sequences sequences;
+  int num_tensors, head_dim, block_tokens, blocks;
+  int64_t rows;
+};
+
+int launch_dequantize(const DequantizeParams& params, int out_dtype, cudaStream_t stream);
 int launch_rope(const RopeParams& params, int in_dtype, int out_dtype, cudaStream_t stream);
 
 }  // namespace fa3::prep

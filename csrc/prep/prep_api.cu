@@ -3,6 +3,7 @@
 //   e4m3 results                 block kernel (prep/blocks.cuh)
 //   16-bit, with a transform     token kernel (prep/tokens.cuh)
 //   16-bit, rotation only        rotary kernel (prep/rope.cu)
+//   16-bit from e4m3             dequantization (prep/dequantize.cu)
 // One launch per kind of result; tensors of a call share it wherever they can.
 #include <climits>
 
@@ -75,7 +76,25 @@ bool has_transform(int head_dim) { return find_block_kernel(head_dim, FA3_BF16).
 
 int64_t rows_of(const fa3_prep_params& p) { return p.cu_seqlens ? p.total : int64_t(p.batch) * p.seqlen; }
 
+// Descales of a head, per batch entry. Packed: sequence b owns the slots from cu_seqlens[b] / block + b on, so
+// total / block + batch hold any packing.
+int slots_of(const fa3_prep_params& p) {
+  return p.cu_seqlens ? p.total / p.block_size + p.batch : ceil_div(p.seqlen, p.block_size);
+}
+
 // ---- checks ----------------------------------------------------------------------------------
+
+// Codes in: the descale is an input, and there is no other stage.
+int check_dequantize(const fa3_prep_params& p, int t) {
+  const fa3_prep_tensor& tensor = p.tensors[t];
+  if (tensor.rope || tensor.hadamard || tensor.quantize || p.inverse)
+    return fail(FA3_INVALID_ARGUMENT, "%s: rope, hadamard, quantize and inverse must be 0 with in_dtype e4m3, got %d, %d, %d, %d",
+                kFunction, tensor.rope, tensor.hadamard, tensor.quantize, p.inverse);
+  if (!has_transform(p.head_dim))
+    return fail(FA3_UNSUPPORTED, "%s: head_dim must be 64, 96, 128, 192 or 256 with in_dtype e4m3, got %d", kFunction,
+                p.head_dim);
+  return check_pointer(kFunction, "descale", tensor.descale, sizeof(float));
+}
 
 int check_stages(const fa3_prep_params& p, int t) {
   const fa3_prep_tensor& tensor = p.tensors[t];
@@ -128,9 +147,9 @@ int check_arguments(const fa3_prep_params& p) {
   if (p.out_dtype != FA3_BF16 && p.out_dtype != FA3_FP16)
     return fail(FA3_INVALID_ARGUMENT, "%s: out_dtype must be bf16 or fp16, got %s", kFunction, dtype_name(p.out_dtype));
   const bool same = p.in_dtype == p.out_dtype;
-  if (!same && !(p.inverse && p.in_dtype == FA3_FP32))
-    return fail(FA3_INVALID_ARGUMENT, "%s: in_dtype must be out_dtype (%s)%s, got %s", kFunction, dtype_name(p.out_dtype),
-                p.inverse ? " or fp32" : "", dtype_name(p.in_dtype));
+  if (!same && p.in_dtype != FA3_E4M3 && !(p.inverse && p.in_dtype == FA3_FP32))
+    return fail(FA3_INVALID_ARGUMENT, "%s: in_dtype must be out_dtype (%s), e4m3%s, got %s", kFunction,
+                dtype_name(p.out_dtype), p.inverse ? " or fp32" : "", dtype_name(p.in_dtype));
   if (p.block_size != 128 && p.block_size != 64)
     return fail(FA3_UNSUPPORTED, "%s: block_size must be 64 or 128, got %d", kFunction, p.block_size);
 
@@ -140,7 +159,7 @@ int check_arguments(const fa3_prep_params& p) {
     const fa3_prep_tensor& tensor = p.tensors[t];
     if (tensor.heads < 1)
       return fail(FA3_INVALID_ARGUMENT, "%s: tensors[%d].heads must be at least 1, got %d", kFunction, t, tensor.heads);
-    FA3_TRY(check_stages(p, t));
+    FA3_TRY(p.in_dtype == FA3_E4M3 ? check_dequantize(p, t) : check_stages(p, t));
     rope |= tensor.rope != 0;
     if (tensor.hadamard && p.signs != nullptr) FA3_TRY(check_pointer(kFunction, "signs", p.signs, sizeof(float)));
     FA3_TRY(check_tensor(kFunction, kTensorNames[t], tensor.x, p.in_dtype, batch, tokens, tensor.heads, p.head_dim));
@@ -253,8 +272,7 @@ int launch_blocks(const fa3_prep_params& p, const int* chosen, int count, const 
     return fail(FA3_INTERNAL, "%s: no work distribution fits shared memory (head_dim %d, rotary_dim %d)", kFunction,
                 p.head_dim, block.rotation.rotary_dim);
 
-  // Packed: sequence b owns the slots from cu_seqlens[b] / block + b on, so total / block + batch hold any packing.
-  block.blocks = p.cu_seqlens ? p.total / p.block_size + p.batch : ceil_div(p.seqlen, p.block_size);
+  block.blocks = slots_of(p);
   const int64_t blocks = p.cu_seqlens ? block.blocks : int64_t(p.batch) * block.blocks;
   block.phases = choose_phases(blocks, heads, block.groups, device.sm_count, 1);
   if (blocks * block.phases > INT_MAX)
@@ -376,6 +394,27 @@ int launch_rotation(const fa3_prep_params& p, const int* chosen, int count, cons
   return launch_rope(rope, p.in_dtype, p.out_dtype, static_cast<cudaStream_t>(p.stream));
 }
 
+// ---- dequantization --------------------------------------------------------------------------
+
+int launch_codes(const fa3_prep_params& p) {
+  DequantizeParams d{};
+  for (int t = 0; t < p.num_tensors; ++t) {
+    const fa3_prep_tensor& tensor = p.tensors[t];
+    constexpr int kOutBytes = 2;
+    d.tensors[t] = {static_cast<const char*>(tensor.x.ptr), static_cast<char*>(tensor.out.ptr),
+                    tensor.x.stride_batch, tensor.x.stride_token, tensor.x.stride_head,
+                    tensor.out.stride_batch * kOutBytes, tensor.out.stride_token * kOutBytes,
+                    tensor.out.stride_head * kOutBytes, tensor.descale, tensor.heads};
+  }
+  d.sequences = sequences_of(p);
+  d.num_tensors = p.num_tensors;
+  d.head_dim = p.head_dim;
+  d.block_tokens = p.block_size;
+  d.blocks = slots_of(p);
+  d.rows = rows_of(p);
+  return launch_dequantize(d, p.out_dtype, static_cast<cudaStream_t>(p.stream));
+}
+
 // ---- kinds of launches -----------------------------------------------------------------------
 
 using Launch = int (*)(const fa3_prep_params&, const int* chosen, int count, const Device&);
@@ -401,6 +440,7 @@ extern "C" int fa3_prep(const fa3_prep_params* params) {
   Device device;
   FA3_TRY(current_device(kFunction, &device));
   if (rows_of(p) == 0) return FA3_OK;
+  if (p.in_dtype == FA3_E4M3) return launch_codes(p);
   for (int kind = 0; kind < kKinds; ++kind) {
     int chosen[kMaxTensors], count = 0;
     for (int t = 0; t < p.num_tensors; ++t)

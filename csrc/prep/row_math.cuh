@@ -162,18 +162,22 @@ FA3_DEVICE uint32_t magnitude_bits(const float (&v)[kValues], bool pending) {
 }
 
 // The scale of a block from the bits of its largest magnitude. `descale` multiplies codes back, `inverse` divides
-// values. All zero: 1. Below the smallest normal number codes lose precision, never finiteness. Not finite: NaN,
-// and so is every code of the block.
+// values that still lack the factor `pending`.
+//   - descale = amax / 448, rounded up to 4 significant bits. A code has 4 as well, so code x descale has at most 8 and is
+//     exact in bf16: a 16-bit backward sees the very numbers of the FP8 forward. Codes lose nothing, they are floats.
+//   - All zero: 1. Below the smallest normal number codes lose precision, never finiteness.
+//   - Not finite: NaN, and so is every code of the block.
 struct BlockScale {
   float descale, inverse;
 };
-FA3_DEVICE BlockScale block_scale(uint32_t bits) {
-  constexpr uint32_t kInfinity = 0x7f800000u;
-  constexpr float kSmallest = 1.17549435e-38f;
-  constexpr float kLargestCode = 448.f;
-  const float amax = __uint_as_float(bits >= kInfinity ? 0x7fffffffu : bits);
-  const float descale = bits == 0 ? 1.f : bits >= kInfinity ? amax : fmaxf(amax * (1.f / kLargestCode), kSmallest);
-  return {descale, reciprocal_approx(descale)};
+FA3_DEVICE BlockScale block_scale(uint32_t bits, float pending) {
+  constexpr uint32_t kInfinity = 0x7f800000u, kKept = 0xfff00000u;  // sign, exponent, 3 bits of the mantissa
+  constexpr float kSmallest = 1.17549435e-38f, kLargestCode = 448.f;
+  if (bits == 0) return {1.f, 1.f};
+  const float exact = __uint_as_float(bits) * (pending / kLargestCode);
+  const float rounded = __uint_as_float((__float_as_uint(exact) + ~kKept) & kKept);
+  const float descale = bits >= kInfinity ? __uint_as_float(0x7fffffffu) : fmaxf(rounded, kSmallest);
+  return {descale, pending * reciprocal_approx(descale)};
 }
 
 }  // namespace fa3::prep
