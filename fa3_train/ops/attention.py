@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fa3_train import checks, reference
 from fa3_train.checks import AttentionShape
@@ -53,6 +54,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, sink, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
         if dout is None:

@@ -257,6 +257,14 @@ def test_only_lse_is_used(kernels):
     assert dq.abs().sum() > 0 and dk.abs().sum() > 0 and not dv.any()
 
 
+def test_second_derivative_is_refused(kernels):
+    q = half(1, 5, 2, 16)
+    out = flash_attn_func(q, q, q, backend="hopper")
+    (dq,) = torch.autograd.grad(out.float().square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.float().sum().backward()
+
+
 def test_no_autograd_node_without_gradient(kernels):
     q = torch.randn(1, 5, 2, 16, dtype=torch.bfloat16)
     assert flash_attn_func(q, q, q, backend="hopper").grad_fn is None
