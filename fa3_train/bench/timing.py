@@ -17,6 +17,9 @@ import torch
 
 L2_FLUSH_BYTES = 128 << 20  # 2.5 times the 50 MB L2 of an H100
 MAX_SPIN_MS = 3.0
+LONG_CALL_MS = 50.0  # needs no warm-up beyond its first call
+BUDGET_MS = 600.0  # for the repetitions of one call of one cell
+MIN_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ def summarize(samples_ms: list[float]) -> Timing:
     return Timing(statistics.median(samples_ms), min(samples_ms), low, high, len(samples_ms))
 
 
+def rounds(reps: int, call_ms: float) -> int:
+    """``reps``, or what fits into the budget if that is less, but at least three."""
+    return max(min(reps, MIN_ROUNDS), min(reps, int(BUDGET_MS / max(call_ms, 1e-3))))
+
+
 class Timer:
     """Owns the flush buffer and the calibration of the spin."""
 
@@ -58,37 +66,39 @@ class Timer:
         torch.cuda.synchronize()
         self._cycles_per_ms = 10_000_000 / start.elapsed_time(end)
 
-    def _host_ms(self, call: Callable[[], object]) -> float:
+    def _once(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Milliseconds until the host is free, and until the GPU is done."""
         torch.cuda.synchronize()
         begin = time.perf_counter()
         call()
-        took = (time.perf_counter() - begin) * 1e3
+        host = time.perf_counter() - begin
         torch.cuda.synchronize()
-        return took
+        return host * 1e3, (time.perf_counter() - begin) * 1e3
 
-    def measure(
-        self, calls: Mapping[str, Callable[[], object]], reps: int, warmup: int = 2
-    ) -> dict[str, Timing]:
-        """Time each call ``reps`` times, interleaved.
+    def measure(self, calls: Mapping[str, Callable[[], object]], reps: int) -> dict[str, Timing]:
+        """Time each call ``reps`` times, interleaved; long calls fewer times (:func:`rounds`).
 
         Args:
             calls: name -> what to time; its GPU work goes to the current stream.
         """
-        spin = {}
+        spin, longest = {}, 0.0
         for name, call in calls.items():
-            for _ in range(warmup):
-                call()
-            host = min(self._host_ms(call) for _ in range(2))
+            host, total = self._once(call)
+            if total < LONG_CALL_MS:
+                for _ in range(3):  # warm-up of clocks and allocator, and a fair host time
+                    again, total = self._once(call)
+                    host = min(host, again)
+            longest = max(longest, total)
             spin[name] = int(min(MAX_SPIN_MS, 1.3 * host + 0.02) * self._cycles_per_ms)
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in calls}
-        for _ in range(reps):
+        for _ in range(rounds(reps, longest)):
             for name, call in calls.items():
-                pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 self._flush.zero_()
                 torch.cuda._sleep(spin[name])
-                pair[0].record()
+                start.record()
                 call()
-                pair[1].record()
-                events[name].append(pair)
+                end.record()
+                events[name].append((start, end))
             torch.cuda.synchronize()
         return {n: summarize([a.elapsed_time(b) for a, b in pairs]) for n, pairs in events.items()}

@@ -69,6 +69,13 @@ def test_summarize():
     assert timing.summarize([2.0]).spread == 0.0
 
 
+def test_long_calls_are_repeated_less():
+    assert timing.rounds(20, 1.0) == 20
+    assert timing.rounds(20, 100.0) == 6
+    assert timing.rounds(20, 5000.0) == 3
+    assert timing.rounds(1, 5000.0) == 1
+
+
 class Stub(peers.Peer):
     def __init__(self, name, factor=1.0, why=None, error=None):
         self.name, self.factor, self.why, self.error = name, factor, why, error
