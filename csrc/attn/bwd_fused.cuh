@@ -233,7 +233,6 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
   registers_claim<T::kRegsConsumer>();
   const int g = warpgroup - 1;  // keys 64 g .. 64 g + 63 of the tile
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
-  const int math_thread = threadIdx.x - 128;
   float dk[T::kGradRegs], dv[T::kGradRegs];
 
   constexpr uint64_t kFormK = descriptor_form<128>(16);  // K-major
@@ -357,14 +356,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     }
   };
 
-  Ring<2> tiles;
+  static_assert(T::kStagesDO == 2, "the math warpgroups' rings");
+  PairRing tiles, do_ring;
   Ring<T::kStagesQ> q_ring;
-  Ring<T::kStagesDO> do_ring;
   uint32_t key_phase = 0, ds_stage = 0;
 #pragma unroll 1
   for (;;) {
-    mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
-    const KeyTile& t = plan.tile[tiles.stage];
+    mbar_wait(bar(plan.tile_full[tiles.stage()]), tiles.phase());
+    const KeyTile& t = plan.tile[tiles.stage()];
     // Through a shuffle the compiler knows these to be uniform, and their loops not to diverge.
     const int key_block = uniform(t.key_block);
     if (key_block < 0) break;
@@ -379,8 +378,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     const int cut_block = kPacked && seqlen_q % BLOCK_M ? seqlen_q / BLOCK_M : -1;
     const auto clear_query_rows = [&](int m) {
       if (!kPacked || m != cut_block) return;
-      clear_rows<256>(smem_addr(plan.q[q_ring.stage]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M, math_thread);
-      clear_rows<256>(smem_addr(plan.dout[do_ring.stage]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M, math_thread);
+      clear_rows<256>(smem_addr(plan.q[q_ring.stage]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M);
+      clear_rows<256>(smem_addr(plan.dout[do_ring.stage()]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M);
       fence_proxy_async_shared();
       named_sync(kBarRowsCleared, 256);
     };
@@ -392,23 +391,23 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       mbar_wait(bar(plan.v_full), key_phase);
       key_phase ^= 1;
       mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
-      mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
+      mbar_wait(bar(plan.do_full[do_ring.stage()]), do_ring.phase());
       const int keys_left = seqlen_k - key_block * BLOCK_N;
       if (kPacked && keys_left < BLOCK_N) {
-        clear_rows<256>(smem_addr(plan.k), T::kSlabs, BLOCK_N, keys_left, math_thread);
-        clear_rows<256>(smem_addr(plan.v), T::kSlabs, BLOCK_N, keys_left, math_thread);
+        clear_rows<256>(smem_addr(plan.k), T::kSlabs, BLOCK_N, keys_left);
+        clear_rows<256>(smem_addr(plan.v), T::kSlabs, BLOCK_N, keys_left);
         fence_proxy_async_shared();
         named_sync(kBarRowsCleared, 256);
       }
       clear_query_rows(m);
       const auto start_dp = [&](int half) {
-        start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage]) + half * kHalfRows);
+        start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage()]) + half * kHalfRows);
       };
       const auto issue_s = [&](int half) {
         mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes + half * kHalfTile));
       };
       const auto issue_dp = [&](int half) {
-        mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kQueryTileBytes + half * kHalfTile));
+        mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage() * T::kQueryTileBytes + half * kHalfTile));
       };
       const auto next_block = [&] {
         q_ring.advance(), do_ring.advance();
@@ -416,7 +415,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       };
       const auto await_block = [&] {
         mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
-        mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
+        mbar_wait(bar(plan.do_full[do_ring.stage()]), do_ring.phase());
         clear_query_rows(m);
       };
       uint32_t p16[T::kScoreRegs / 2], ds16[T::kScoreRegs / 2];
@@ -436,7 +435,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       // is read before S and dP are issued: such reads queue behind wgmma that have shared-memory operands.
       const auto step = [&](auto is_last) {
         constexpr bool kLast = decltype(is_last)::value;
-        const int q_stage = q_ring.stage, do_stage = do_ring.stage;
+        const int q_stage = q_ring.stage, do_stage = do_ring.stage();
         wgmma_wait<0>(), pin(dp);
         if constexpr (kLast) arrive(plan.v_empty);
         softmax_backward(s, dp, q_stage, 0);
@@ -479,7 +478,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       // and under dQ of the whole block, whose result is sent a half later.
       const auto double_step = [&](auto is_last, bool sends) {
         constexpr bool kLast = decltype(is_last)::value;
-        const int q_stage = q_ring.stage, do_stage = do_ring.stage;
+        const int q_stage = q_ring.stage, do_stage = do_ring.stage();
         const uint64_t q_half = descriptor_step(q_cols, q_stage * T::kQueryTileBytes);
         const uint64_t do_half = descriptor_step(do_cols, do_stage * T::kQueryTileBytes);
         softmax_backward(s, dp, q_stage, 0);
@@ -551,7 +550,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     // A tile that no query sees still has gradients: zeros.
     int* const turn = p.work.dkv_order + 2 * t.order_slot + g;
     if (p.ordered_dkv) {
-      if (thread == 0) await_turn(turn, t.head_q % (p.shape.heads_q / p.shape.heads_k));
+      if ((reread_thread_index() & 127) == 0) await_turn(turn, t.head_q % (p.shape.heads_q / p.shape.heads_k));
       named_sync(kBarTurn + g, 128);
     }
     const int keys = seqlen_k - key0;
@@ -560,9 +559,9 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     if (p.ordered_dkv) {
       fence_gpu();
       named_sync(kBarTurn + g, 128);
-      if (thread == 0) increment_release(turn);
+      if ((reread_thread_index() & 127) == 0) increment_release(turn);
     }
-    arrive(plan.tile_empty[tiles.stage]);
+    arrive(plan.tile_empty[tiles.stage()]);
     tiles.advance();
   }
 }

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
   // Rows past the end of a packed sequence, before this warpgroup's first use of the tile. Both warpgroups may clear
   // the same rows: both write zeros, and each waits for its own.
   const auto clear = [&](uint8_t* tile, int slabs, int rows, int from) {
-    clear_rows<128>(smem_addr(tile), slabs, rows, from, thread);
+    clear_rows<128>(smem_addr(tile), slabs, rows, from);
     fence_proxy_async_shared();
     named_sync(kBarGroupCleared + g, 128);
   };
@@ -185,19 +185,19 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
                         int cols, auto columns) {
     int* const turn = p.work.dkv_order + 2 * t.order_slot + g;
     if (p.ordered_dkv) {
-      if (thread == 0) await_turn(turn, t.head_q % (p.shape.heads_q / p.shape.heads_k));
+      if ((reread_thread_index() & 127) == 0) await_turn(turn, t.head_q % (p.shape.heads_q / p.shape.heads_k));
       named_sync(kBarGroupTurn + g, 128);
     }
     emit_gradient<Elem, decltype(columns)::value>(acc, factor, grad, p.dkv_fp32, t, key0, keys, cols);
     if (p.ordered_dkv) {
       fence_gpu();
       named_sync(kBarGroupTurn + g, 128);
-      if (thread == 0) increment_release(turn);
+      if ((reread_thread_index() & 127) == 0) increment_release(turn);
     }
   };
 
-  Ring<2> tiles;
-  Ring<T::kStages> q_ring, do_ring;
+  static_assert(T::kStages == 2, "the math warpgroups' rings");
+  PairRing tiles, q_ring, do_ring;
   uint32_t key_phase = 0, pass_phase = 0;
 
   if (g == 0) {  // ------------------------------------------------------------------------ values
@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
     const uint64_t do_cols = descriptor_at(kFormT, smem_addr(plan.dout));
 #pragma unroll 1
     for (;;) {
-      mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
-      const KeyTile& t = plan.tile[tiles.stage];
+      mbar_wait(bar(plan.tile_full[tiles.stage()]), tiles.phase());
+      const KeyTile& t = plan.tile[tiles.stage()];
       const int key_block = uniform(t.key_block);
       if (key_block < 0) break;
       const int steps = uniform(t.steps), query_begin = uniform(t.query_begin), query_end = uniform(t.query_end);
@@ -222,16 +222,16 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         int m = query_begin, done = 0;
         // Q of block m has arrived: start its scores.
         const auto scores = [&] {
-          mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
-          if (kPacked && m == cut_block) clear(plan.q[q_ring.stage], T::kSlabsQK, BLOCK_M, seqlen_q % BLOCK_M);
+          mbar_wait(bar(plan.q_full[q_ring.stage()]), q_ring.phase());
+          if (kPacked && m == cut_block) clear(plan.q[q_ring.stage()], T::kSlabsQK, BLOCK_M, seqlen_q % BLOCK_M);
           if constexpr (T::kSoftcap) {
 #pragma unroll
             for (int i = 0; i < T::kScoreRegs; ++i) s[i] = 0.f;
           } else {
-            start_at_columns(s, smem_addr(plan.neg_lse[q_ring.stage]));
+            start_at_columns(s, smem_addr(plan.neg_lse[q_ring.stage()]));
           }
           pin(s);
-          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQBytes), Number<T::kDimQK>{});
+          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage() * T::kQBytes), Number<T::kDimQK>{});
         };
         // Scores to P in s; with softcap also P (1 - x^2), the factor of dP, which is what is then passed on.
         float factor[T::kSoftcap ? T::kScoreRegs : 1];
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
 #pragma unroll
             for (int k = 0; k < T::kScoreRegs / 8; ++k) {
               float neg_lse[8];
-              start_at_columns(neg_lse, smem_addr(plan.neg_lse[q_ring.stage]) + k * 64);
+              start_at_columns(neg_lse, smem_addr(plan.neg_lse[q_ring.stage()]) + k * 64);
 #pragma unroll
               for (int i = 8 * k; i < 8 * k + 8; ++i) {
                 const float x = s[i];
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         // On entry: P of block m in s, dV of the block before in flight. The next scores run under this block's dV.
         const auto step = [&](auto is_last) {
           wgmma_wait<0>(), pin(dv);
-          if (done > 0) arrive(plan.do_empty[do_ring.stage ^ 1]);
+          if (done > 0) arrive(plan.do_empty[do_ring.stage() ^ 1]);
           pack_all<Elem>(s, p16);
           mbar_wait(bar(plan.p_empty), pass_phase ^ 1);
           pass_phase ^= 1;
@@ -287,14 +287,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
                      make_uint4(p16[4 * i], p16[4 * i + 1], p16[4 * i + 2], p16[4 * i + 3]));
           }
           arrive(plan.p_full);
-          arrive(plan.q_empty[q_ring.stage]);  // with softcap, LSE was read after the scores were done
-          const int do_stage = do_ring.stage;
+          arrive(plan.q_empty[q_ring.stage()]);  // with softcap, LSE was read after the scores were done
+          const int do_stage = do_ring.stage();
           const bool cut = kPacked && m == cut_block;
           q_ring.advance();
           if (++m == query_end) m = query_begin;
           if constexpr (!decltype(is_last)::value) scores();
           else arrive(plan.k_empty);
-          mbar_wait(bar(plan.do_full[do_stage]), do_ring.phase);
+          mbar_wait(bar(plan.do_full[do_stage]), do_ring.phase());
           if (cut) clear(plan.dout[do_stage], T::kSlabsV, BLOCK_M, seqlen_q % BLOCK_M);
           do_ring.advance();
           mma_grad(dv, p16, descriptor_step(do_cols, do_stage * T::kDoBytes));
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         step(Constant<true>{});
       }
       emit(t, dv, 1.f, p.dv, key0, seqlen_k - key0, p.shape.head_dim_v, Number<T::kDimV>{});
-      arrive(plan.tile_empty[tiles.stage]);
+      arrive(plan.tile_empty[tiles.stage()]);
       tiles.advance();
     }
   } else {  // ----------------------------------------------------------------------------- keys
@@ -322,8 +322,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
     const uint64_t q_cols = descriptor_at(kFormT, smem_addr(plan.q));
 #pragma unroll 1
     for (;;) {
-      mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
-      const KeyTile& t = plan.tile[tiles.stage];
+      mbar_wait(bar(plan.tile_full[tiles.stage()]), tiles.phase());
+      const KeyTile& t = plan.tile[tiles.stage()];
       const int key_block = uniform(t.key_block);
       if (key_block < 0) break;
       const int steps = uniform(t.steps), query_begin = uniform(t.query_begin), query_end = uniform(t.query_end);
@@ -336,11 +336,11 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         uint32_t ds16[T::kScoreRegs / 2];
         int m = query_begin, done = 0;
         const auto scores = [&] {
-          mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
-          if (kPacked && m == cut_block) clear(plan.dout[do_ring.stage], T::kSlabsV, BLOCK_M, seqlen_q % BLOCK_M);
-          start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage]));
+          mbar_wait(bar(plan.do_full[do_ring.stage()]), do_ring.phase());
+          if (kPacked && m == cut_block) clear(plan.dout[do_ring.stage()], T::kSlabsV, BLOCK_M, seqlen_q % BLOCK_M);
+          start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage()]));
           pin(dp);
-          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kDoBytes), Number<T::kDimV>{});
+          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage() * T::kDoBytes), Number<T::kDimV>{});
         };
         mbar_wait(bar(plan.v_full), key_phase);
         key_phase ^= 1;
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         // On entry: dP of block m done or queued before the dK of the block before it.
         wgmma_wait<0>(), pin(dp);
         const auto step = [&](auto is_last) {
-          arrive(plan.do_empty[do_ring.stage]);
+          arrive(plan.do_empty[do_ring.stage()]);
           do_ring.advance();
           mbar_wait(bar(plan.p_full), pass_phase);
           pass_phase ^= 1;
@@ -367,12 +367,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
           arrive(plan.p_empty);
           wgmma_wait<0>(), pin(dk);  // dK of the block before: its dS may go
           if (done > 0) {
-            arrive(plan.q_empty[q_ring.stage]);
+            arrive(plan.q_empty[q_ring.stage()]);
             q_ring.advance();
           }
           pack_all<Elem>(dp, ds16);
-          const int q_stage = q_ring.stage;
-          mbar_wait(bar(plan.q_full[q_stage]), q_ring.phase);  // P came, so it is there, and cleared where it must be
+          const int q_stage = q_ring.stage();
+          mbar_wait(bar(plan.q_full[q_stage]), q_ring.phase());  // P came, so it is there, and cleared where it must be
           if (++m == query_end) m = query_begin;
           if constexpr (!decltype(is_last)::value) scores();
           else arrive(plan.v_empty);
@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         step(Constant<true>{});
       }
       emit(t, dk, p.shape.softmax_scale, p.dk, key0, seqlen_k - key0, p.shape.head_dim_qk, Number<T::kDimQK>{});
-      arrive(plan.tile_empty[tiles.stage]);
+      arrive(plan.tile_empty[tiles.stage()]);
       tiles.advance();
     }
   }

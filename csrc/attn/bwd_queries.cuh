@@ -9,6 +9,8 @@
 //
 // Warpgroup 0: warp 0 draws tiles, loads Q, K; warp 2 loads dO, V.
 #pragma once
+#include <type_traits>
+
 #include "attn/bwd_tile.cuh"
 #include "tile/pipeline.cuh"
 
@@ -188,20 +190,20 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
   constexpr bool kPacked = T::kPacked;
   // K and V rows past the end of a packed sequence meet P = dS = 0, but 0 * NaN is NaN.
   const auto clear = [&](uint8_t* tile, int slabs, int rows, int from) {
-    clear_rows<256>(smem_addr(tile), slabs, rows, from, threadIdx.x - 128);
+    clear_rows<256>(smem_addr(tile), slabs, rows, from);
     fence_proxy_async_shared();
     named_sync(kBarRowsCleared, 256);
   };
 
-  Ring<2> tiles;
-  Ring<T::kStagesK> k_ring;
-  Ring<T::kStagesV> v_ring;
+  static_assert(T::kStagesK == 2 && T::kStagesV <= 2, "the math warpgroups' rings");
+  PairRing tiles, k_ring;
+  std::conditional_t<T::kStagesV == 2, PairRing, SingleRing> v_ring;
   uint32_t query_phase = 0;
   float dq[T::kDimQK / 2];
 #pragma unroll 1
   for (;;) {
-    mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
-    const QueryTile& t = plan.tile[tiles.stage];
+    mbar_wait(bar(plan.tile_full[tiles.stage()]), tiles.phase());
+    const QueryTile& t = plan.tile[tiles.stage()];
     const int query_block = uniform(t.query_block);
     if (query_block < 0) break;
     const int key_end = uniform(t.key_end), seqlen_q = uniform(t.seqlen_q), seqlen_k = uniform(t.seqlen_k);
@@ -225,12 +227,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
       float s[T::kScoreRegs], dp[T::kScoreRegs];
       uint32_t ds16[T::kScoreRegs / 2];
       const auto scores = [&] {
-        mbar_wait(bar(plan.k_full[k_ring.stage]), k_ring.phase);
-        if (kPacked && n == cut_block) clear(plan.k[k_ring.stage], T::kSlabsQK, BLOCK_N, seqlen_k % BLOCK_N);
-        mma_scores(s, q_rows, descriptor_step(k_tile, k_ring.stage * T::kKBytes), Number<T::kDimQK>{});
-        mbar_wait(bar(plan.v_full[v_ring.stage]), v_ring.phase);
-        if (kPacked && n == cut_block) clear(plan.v[v_ring.stage], T::kSlabsV, BLOCK_N, seqlen_k % BLOCK_N);
-        mma_scores(dp, do_rows, descriptor_step(v_tile, v_ring.stage * T::kVBytes), Number<T::kDimV>{});
+        mbar_wait(bar(plan.k_full[k_ring.stage()]), k_ring.phase());
+        if (kPacked && n == cut_block) clear(plan.k[k_ring.stage()], T::kSlabsQK, BLOCK_N, seqlen_k % BLOCK_N);
+        mma_scores(s, q_rows, descriptor_step(k_tile, k_ring.stage() * T::kKBytes), Number<T::kDimQK>{});
+        mbar_wait(bar(plan.v_full[v_ring.stage()]), v_ring.phase());
+        if (kPacked && n == cut_block) clear(plan.v[v_ring.stage()], T::kSlabsV, BLOCK_N, seqlen_k % BLOCK_N);
+        mma_scores(dp, do_rows, descriptor_step(v_tile, v_ring.stage() * T::kVBytes), Number<T::kDimV>{});
       };
       // Scores to P, or with softcap to P (1 - x^2): the factor of dP - delta.
       const auto softmax = [&] {
@@ -256,12 +258,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
       // On entry: P in s, dP in flight. The next S and dP queue behind this step's dQ.
       const auto step = [&](auto is_last) {
         wgmma_wait<0>(), pin(dp);
-        arrive(plan.v_empty[v_ring.stage]);
+        arrive(plan.v_empty[v_ring.stage()]);
         v_ring.advance();
 #pragma unroll
         for (int i = 0; i < T::kScoreRegs; ++i) dp[i] = s[i] * (dp[i] + neg_delta[(i >> 1) & 1]);
         pack_all<Elem>(dp, ds16);
-        const int k_stage = k_ring.stage;
+        const int k_stage = k_ring.stage();
         const uint64_t keys = descriptor_step(k_cols, k_stage * T::kKBytes);
         k_ring.advance();
         ++n;
@@ -297,7 +299,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
     else
       store_rows<Elem, T::kDimQK>(dq, scale, static_cast<Elem*>(p.dq.ptr) + at, p.dq.stride_token, rows,
                                   p.shape.head_dim_qk);
-    arrive(plan.tile_empty[tiles.stage]);
+    arrive(plan.tile_empty[tiles.stage()]);
     tiles.advance();
   }
 }

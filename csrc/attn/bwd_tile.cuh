@@ -27,6 +27,21 @@ struct Number {
   static constexpr int value = v;
 };
 
+// Ring of two stages in one register instead of two: what the math warpgroups lack.
+struct PairRing {
+  uint32_t count = 0;
+  FA3_DEVICE uint32_t stage() const { return count & 1; }
+  FA3_DEVICE uint32_t phase() const { return count >> 1 & 1; }
+  FA3_DEVICE void advance() { ++count; }
+};
+// The same for one stage, of which only the phase changes.
+struct SingleRing {
+  uint32_t count = 0;
+  FA3_DEVICE uint32_t stage() const { return 0; }
+  FA3_DEVICE uint32_t phase() const { return count & 1; }
+  FA3_DEVICE void advance() { ++count; }
+};
+
 // Key tile number `index` of the launch into shared memory, field by field. Runs in one thread; the binary search
 // is over cumulative lengths.
 template <int BLOCK_M, int BLOCK_N, bool kPacked>
@@ -191,17 +206,18 @@ FA3_DEVICE void pack_all(const float (&x)[N], uint32_t (&out)[N / 2]) {
 }
 
 // Rows [from, rows) of a swizzled tile become zero: a swizzle permutes inside a row, so whole rows need no map.
-// Packed sequences need it: TMA brought the next sequence's rows along, and 0 * NaN is NaN.
+// Packed sequences need it: TMA brought the next sequence's rows along, and 0 * NaN is NaN. kThreads: those that
+// take part, a power of two, aligned.
 template <int kThreads>
-FA3_DEVICE void clear_rows(uint32_t tile, int slabs, int rows, int from, int thread) {
+FA3_DEVICE void clear_rows(uint32_t tile, int slabs, int rows, int from) {
+  const int thread = (reread_thread_index() - kWarpgroupThreads) & (kThreads - 1);  // math begins after warpgroup 0
   for (int slab = 0; slab < slabs; ++slab)
     for (int chunk = from * (kSlabBytes / 16) + thread; chunk < rows * (kSlabBytes / 16); chunk += kThreads)
       sts128(tile + (slab * rows * kSlabBytes + chunk * 16), make_uint4(0, 0, 0, 0));
 }
 
 // 4 x 4 transpose among the lanes of a quad: afterwards lane q holds element q of lanes 0 to 3.
-FA3_DEVICE void quad_transpose(uint32_t (&v)[4]) {
-  const int q = threadIdx.x & 3;
+FA3_DEVICE void quad_transpose(uint32_t (&v)[4], int q) {
 #pragma unroll
   for (int step = 1; step <= 2; step <<= 1)
 #pragma unroll
@@ -218,7 +234,7 @@ FA3_DEVICE void quad_transpose(uint32_t (&v)[4]) {
 // `dst`: row 0 of the tile; rows and cols bound what exists.
 template <class Elem, int N>
 FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t stride, int rows, int cols) {
-  const int quad = threadIdx.x & 3, row = acc_row(threadIdx.x & 127, 0);
+  const int thread = reread_thread_index() & 127, quad = thread & 3, row = acc_row(thread, 0);
 #pragma unroll
   for (int u = 0; u < N / 32; ++u) {
     uint32_t lo[4], hi[4];
@@ -228,8 +244,8 @@ FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t st
       lo[i] = pack2<Elem>(c[0] * factor, c[1] * factor);
       hi[i] = pack2<Elem>(c[2] * factor, c[3] * factor);
     }
-    quad_transpose(lo);
-    quad_transpose(hi);
+    quad_transpose(lo, quad);
+    quad_transpose(hi, quad);
     const int col = 32 * u + 8 * quad;
     if (col < cols) {
       Elem* const at = dst + row * stride + col;
@@ -242,10 +258,10 @@ FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t st
 // The same, added to FP32 in global memory. Each element is added to once per call of this function.
 template <int N>
 FA3_DEVICE void add_rows(const float* acc, float factor, float* dst, int64_t stride, int rows, int cols) {
-  const int row = acc_row(threadIdx.x & 127, 0);
+  const int thread = reread_thread_index() & 127, row = acc_row(thread, 0);
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {
-    const int col = 8 * i + 2 * (threadIdx.x & 3);
+    const int col = 8 * i + 2 * (thread & 3);
     const float* c = acc + 4 * i;
     float* const at = dst + row * stride + col;
     if (8 * i < cols) {

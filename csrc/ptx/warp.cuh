@@ -56,6 +56,13 @@ FA3_DEVICE uint32_t opaque_zero() {
   return r;
 }
 
+// %tid.x, read again at every call: threadIdx.x kept over a long loop costs a register that may not be there.
+FA3_DEVICE int reread_thread_index() {
+  int t;
+  asm volatile("mov.u32 %0, %tid.x;" : "=r"(t));
+  return t;
+}
+
 // A value that all lanes hold, in a form the compiler knows to be warp-uniform.
 FA3_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
