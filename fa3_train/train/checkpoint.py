@@ -55,7 +55,6 @@ class Checkpointer:
         self._known_good: set[int] = set()
         self._pending: _Pending | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._parameters = {n: list(p.shape) for n, p in engine.model.named_parameters()}
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -143,7 +142,7 @@ class Checkpointer:
             step=step,
             engine=self.engine.describe(),
             world_size=self.world.size,
-            parameters=self._parameters,
+            parameters=self.engine.shapes,
             config=self.config.to_dict(),
             progress=progress,
         )
@@ -277,10 +276,10 @@ class Checkpointer:
                 f"{path} was written by engine={theirs.get('engine')}, this run uses "
                 f"engine={ours['engine']}: their files differ. Set engine.name accordingly"
             )
-        if manifest.parameters != self._parameters:
+        if manifest.parameters != self.engine.shapes:
             raise CheckpointError(
                 f"{path} belongs to another model: "
-                + _first_difference(manifest.parameters, self._parameters)
+                + _first_difference(manifest.parameters, self.engine.shapes)
             )
         if not self.engine.reshards:
             if manifest.world_size != self.world.size:

@@ -53,11 +53,18 @@ class Engine(abc.ABC):
         self.world = world
         self.accumulation = config.grad_accum(world.size)
         self.model: nn.Module
+        self.shapes: dict[str, list[int]] = {}  # of all parameters, as the model was built
         self._blocked = torch.zeros((), dtype=torch.bool, device=world.device)
 
-    @abc.abstractmethod
     def setup(self, model: nn.Module) -> None:
         """Take over `model` (fp32 parameters): place, wrap, shard, build the optimizer."""
+        # Before any wrapping: ZeRO-3 leaves empty tensors in the model.
+        self.shapes = {name: list(param.shape) for name, param in model.named_parameters()}
+        self._setup(model)
+
+    @abc.abstractmethod
+    def _setup(self, model: nn.Module) -> None:
+        """The engine's part of `setup`."""
 
     @abc.abstractmethod
     def forward(self, batch: Batch) -> torch.Tensor:

@@ -88,7 +88,7 @@ class DeepSpeedEngine(Engine):
         self._settings = deepspeed_config(config, world.size)
         self._ds = _import_deepspeed(config, world)
 
-    def setup(self, model: nn.Module) -> None:
+    def _setup(self, model: nn.Module) -> None:
         self.stage = self.config.engine.zero_stage
         self.bf16 = self.config.precision.compute == "bf16"
         self.model = model.to(self.world.device)

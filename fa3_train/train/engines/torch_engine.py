@@ -48,7 +48,7 @@ class TorchEngine(Engine):
     async_save = True
     reshards = True
 
-    def setup(self, model: nn.Module) -> None:
+    def _setup(self, model: nn.Module) -> None:
         precision = self.config.precision
         self.strategy = self.config.engine.strategy if self.world.size > 1 else "single"
         self.compute_dtype = _DTYPES[precision.compute]
