@@ -93,6 +93,13 @@ int current_device(const char* function, Device* device) {
   FA3_TRY(check_cuda(cudaGetDevice(&index), function));
   if (index < 0 || index >= kMaxDevices)
     return fail(FA3_UNSUPPORTED, "%s: device index %d, supported are 0 to %d", function, index, kMaxDevices - 1);
+  // A thread that has only been told its device so far (torch's autograd threads) has no current context, and
+  // encoding a tensor map needs one: cudaSetDevice binds the primary context. Once per thread and device.
+  static thread_local int bound = -1;
+  if (bound != index) {
+    FA3_TRY(check_cuda(cudaSetDevice(index), function));
+    bound = index;
+  }
   if (!ready[index].load(std::memory_order_acquire)) {
     Device d{index, 0, 0, 0, 0};
     int l2 = 0;
