@@ -4,14 +4,13 @@
 
 #include <cstddef>
 
+#include "attn/fp8_keys.cuh"
 #include "ptx/types.cuh"
 #include "ptx/warp.cuh"
 #include "tile/layout.cuh"
 
 namespace fa3 {
 
-constexpr int kFp8ScaleBlock = 128;  // tokens per descale
-constexpr int kFp8BlockN = 128;      // keys per step: one K and one V scale each
 constexpr int kFp8RawKeys = 64;      // keys per stage of V as it comes from memory
 
 struct Fp8FwdKernelParams {
