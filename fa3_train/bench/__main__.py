@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "error": ("fa3_train.bench.error", "numerical error on outlier data and long contexts"),
     "loop": ("fa3_train.bench.loop", "training loop beside a bare PyTorch loop"),
     "trainer": ("fa3_train.bench.trainer", "whole training runs: engines x linears"),
+    "kills": ("fa3_train.bench.kills", "kill -9 at random moments, resume, compare"),
     "plot": ("fa3_train.bench.plot", "draw a result file again, on any machine"),
 }
 
