@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,5 +24,23 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).split(self.ffn_hidden_size, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(gated(self.gate_up_proj(x)))
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """x (..., 2 * width) = [gate, up] -> silu(gate) * up, (..., width).
+
+    On CUDA one Triton kernel each way; torch.compile gets the formula, which it fuses itself.
+    """
+    if x.is_cuda and not torch.compiler.is_compiling():
+        return _triton().swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+@functools.cache
+def _triton() -> ModuleType:
+    # At first use: Triton exists only with CUDA builds of torch.
+    from fa3_train.modules import _swiglu_triton
+
+    return _swiglu_triton

@@ -93,6 +93,45 @@ def test_cross_entropy_of_llama3_needs_one_chunk_of_memory():
     assert loss.isfinite() and peak < 1.1 * allowed
 
 
+# -------------------------------------------------------------------------------------- SwiGLU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5, 88), (257, 2 * 2049), (0, 64)])
+def test_swiglu_kernel(dtype, shape):
+    from fa3_train.modules.mlp import gated
+
+    buffer = torch.full((*shape[:-1], shape[-1] + 8), float("nan"), dtype=dtype)
+    buffer[..., : shape[-1]] = (torch.randn(shape) * 4).to(dtype)
+    up = torch.randn(*shape[:-1], shape[-1] // 2).to(dtype)
+
+    def run(kind, device, function):
+        x = buffer.to(device=device, dtype=kind).requires_grad_()
+        out = function(x[..., : shape[-1]])  # a view: NaN lies between the rows
+        grad = torch.autograd.grad((out * up.to(device=device, dtype=kind)).sum(), x)[0]
+        assert not grad[..., shape[-1] :].any()
+        return out.cpu(), grad.cpu()
+
+    def formula(x):
+        gate, lift = x.chunk(2, -1)
+        return gate * torch.sigmoid(gate) * lift
+
+    results = run(dtype, "cuda", gated)
+    truth, baseline = run(torch.float64, "cpu", formula), run(dtype, "cpu", formula)
+    for got, t, b in zip(results, truth, baseline, strict=True):
+        assert_as_good(got, t, b, "grad")
+
+
+def test_swiglu_takes_a_transposed_gradient():
+    from fa3_train.modules.mlp import gated
+
+    x = torch.randn(6, 32, device="cuda", requires_grad=True)
+    up = torch.randn(16, 6, device="cuda")
+    a = torch.autograd.grad(gated(x), x, up.t())[0]
+    b = torch.autograd.grad(gated(x), x, up.t().contiguous())[0]
+    assert torch.equal(a, b)
+
+
 # ------------------------------------------------------------------------------------- model
 
 
