@@ -185,10 +185,6 @@ def _precision(config: TrainConfig) -> Iterator[str]:
 
 def _schedule(config: TrainConfig) -> Iterator[str]:
     schedule = config.schedule
-    if schedule.warmup_steps > config.run.steps:
-        yield (
-            f"schedule.warmup_steps={schedule.warmup_steps} exceeds run.steps={config.run.steps}"
-        )
     if not 0 <= schedule.min_ratio <= 1:
         yield f"schedule.min_ratio must be in [0, 1], got {schedule.min_ratio}"
     if schedule.name == "wsd" and not 0 < schedule.decay_fraction <= 1:
