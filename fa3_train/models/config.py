@@ -17,6 +17,7 @@ ATTENTION_PRECISIONS = ("bf16", "fp8")
 LINEARS = ("torch", "te", "te_fp8")
 TE_RECIPES = ("current", "delayed", "block")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+FP8_HEAD_DIMS = (64, 96, 128, 192, 256)  # Hadamard transforms: powers of two, 3 x 32 and 3 x 64
 _LLAMA3_ROPE_KEYS = (
     "factor",
     "low_freq_factor",
@@ -172,10 +173,10 @@ class ModelConfig:
                 "model.softcap is not available with model.attention_precision=fp8, "
                 f"got softcap={self.softcap}"
             )
-        if self.attention_precision == "fp8" and self.head_dim not in (64, 128, 256):
+        if self.attention_precision == "fp8" and self.head_dim not in FP8_HEAD_DIMS:
             raise ValueError(
-                "model.attention_precision=fp8 needs model.head_dim in 64, 128, 256 (the Hadamard "
-                f"transform is over a power of two), got {self.head_dim}"
+                "model.attention_precision=fp8 needs model.head_dim to be one of "
+                f"{', '.join(map(str, FP8_HEAD_DIMS))}, got {self.head_dim}"
             )
         if self.linear == "te_fp8":
             for name in ("hidden_size", "ffn_hidden_size"):

@@ -5,6 +5,7 @@ from fa3_train.modules.layer import TransformerLayer
 from fa3_train.modules.loss import LMHead, chunked_cross_entropy
 from fa3_train.modules.mlp import SwiGLU
 from fa3_train.modules.norm import RMSNorm
+from fa3_train.modules.preprocess import RopeHadamardQuantize
 from fa3_train.modules.rope import Rope
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LMHead",
     "RMSNorm",
     "Rope",
+    "RopeHadamardQuantize",
     "SelfAttention",
     "SwiGLU",
     "TransformerLayer",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fa3_train.ops import preprocess
 from fa3_train.rotary import apply_rope, rope_tables
 
 
@@ -62,7 +63,13 @@ def rotate(
     position_ids: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (..., T, H, D) and k (..., T, Hkv, D) turned by their positions' angles."""
+    """q (..., T, H, D) and k (..., T, Hkv, D) turned by their positions' angles.
+
+    `backend` is the attention's: with "hopper" and "auto" on a GPU one launch of the library turns
+    both, straight from the strided views of the QKV product; "sdpa" and "reference" stay PyTorch.
+    """
+    if q.is_cuda and backend in ("auto", "hopper"):
+        return preprocess.rope(q, k, cos, sin, position_ids=position_ids, backend=backend)
     return (
         apply_rope(q, cos, sin, position_ids=position_ids),
         apply_rope(k, cos, sin, position_ids=position_ids),

@@ -19,7 +19,7 @@ from fa3_train.modules import (
     chunked_cross_entropy,
 )
 from fa3_train.modules.rope import document_positions
-from fa3_train.numerics import assert_as_good
+from fa3_train.numerics import AGREEMENT_FP8, assert_as_good, relative_rms_error
 
 LENGTHS = [1, 37, 64, 5, 21]
 LLAMA31 = {
@@ -283,6 +283,23 @@ def test_core_refuses_missing_length_and_misplaced_rope():
         core(q, q, q, cu_seqlens_q=cu_of([4]))
     with pytest.raises(ValueError, match="rope"):
         core(q[None], q[None], q[None], rope=(q, q))
+
+
+def test_fp8_attention_is_near_and_not_the_same():
+    """The whole layer with e4m3 attention against the same layer without, packed, both ways."""
+    common = {"head_dim": 64, "backend": "reference", "max_seq_len": 64}
+    fp8 = TransformerLayer(48, 88, 4, 2, precision="fp8", seed=5, **common)
+    plain = TransformerLayer(48, 88, 4, 2, **common)
+    with torch.no_grad():
+        for a, b in zip(fp8.parameters(), plain.parameters(), strict=True):
+            b.copy_(a.normal_(1.0 if a.dim() == 1 else 0.0, 0.2))
+    x = torch.randn(sum(LENGTHS), 48, requires_grad=True)
+    results = []
+    for block in (fp8, plain):
+        added = block(x, cu_seqlens=cu_of(LENGTHS), max_seqlen=64) - x
+        results.append([added, torch.autograd.grad(added.square().sum(), x)[0]])
+    for a, b in zip(*results, strict=True):
+        assert 0 < relative_rms_error(a, b) < AGREEMENT_FP8
 
 
 def test_hadamard_signs_are_seeded_and_survive_meta():
