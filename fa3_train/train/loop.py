@@ -26,7 +26,7 @@ from torch import nn
 
 from fa3_train.models.transformer import TransformerLM
 from fa3_train.train.checkpoint import Checkpointer, CheckpointError, Manifest
-from fa3_train.train.config import TrainConfig
+from fa3_train.train.config import ConfigError, TrainConfig
 from fa3_train.train.data import IGNORE_INDEX, Batch, DataLoader
 from fa3_train.train.data.build import build_data
 from fa3_train.train.engines import Engine, World, create_engine, start_world, stop_world
@@ -285,14 +285,38 @@ class Trainer:
 
 
 def build_model(config: TrainConfig, world: World) -> nn.Module:
-    """The model in fp32 on the rank's device, the same on every rank (seeded by run.seed)."""
-    with torch.device(world.device):
+    """The model in fp32 on the rank's device, the same on every rank (seeded by run.seed); or,
+    where it is too large for that, on the meta device, and the engine draws its shards."""
+    meta = _born_sharded(config, world)
+    with torch.device("meta" if meta else world.device):
         model = TransformerLM(config.model_config())
     if config.model.init_from:
         from fa3_train.models.hf import load_hf_weights
 
         load_hf_weights(model, config.model.init_from)
     return model
+
+
+def _born_sharded(config: TrainConfig, world: World) -> bool:
+    """Whether no rank ever holds the whole model: it would fill a quarter of the device in fp32.
+
+    Smaller ones are built whole, so that a run starts from the same weights under any strategy.
+    Raises ConfigError where the model is too large and the engine cannot do otherwise.
+    """
+    if world.device.type != "cuda":
+        return False
+    needed = 4 * config.model_config().num_parameters()
+    memory = torch.cuda.get_device_properties(world.device).total_memory
+    shards = config.engine.name == "torch" and config.engine.strategy == "fsdp2" and world.size > 1
+    if shards and not config.model.init_from and not config.model.tie_embeddings:
+        return needed > memory / 4
+    if needed > memory:
+        raise ConfigError(
+            f"model.name={config.model.name} takes {needed / 1e9:.0f} GB in fp32 and "
+            f"{world.device} has {memory / 1e9:.0f} GB: only engine=fsdp2 on several ranks, "
+            "without model.init_from and model.tie_embeddings, draws weights shard by shard"
+        )
+    return False
 
 
 def _count_labels(batch: Batch) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,11 @@ def test_training_moves_the_loss(folder):
     """The comparisons above would also hold for runs that do nothing."""
     one = loss_tensor(folder / "one")
     assert (one[1:] - one[:-1]).abs().min() > 1e-4
+
+
+def test_model_drawn_shard_by_shard(tmp_path):
+    """What a model too large for one device does: no rank ever holds the whole of it."""
+    done = launch(torchrun(2, str(HERE / "born_sharded.py"), str(tmp_path)))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    loss = loss_tensor(tmp_path)
+    assert len(loss) == 6 and (loss - math.log(96)).abs().max() < 0.3

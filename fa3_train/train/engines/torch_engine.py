@@ -60,7 +60,8 @@ class TorchEngine(Engine):
             )
         if self.param_dtype == torch.bfloat16 and self.compute_dtype == torch.float32:
             raise ConfigError("precision.params=bf16 needs precision.compute=bf16, got fp32")
-        self.model = model.to(self.world.device)
+        on_meta = any(param.is_meta for param in model.parameters())
+        self.model = model if on_meta else model.to(self.world.device)
         self.buckets: GradientBuckets | None = None
         # One process without a group saving for itself is what we mean; DCP warns each time.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -71,6 +72,9 @@ class TorchEngine(Engine):
         names = [n for n, p in model.named_parameters() if p.requires_grad]
         if self.strategy == "fsdp2":
             self._shard()
+            if on_meta:  # each rank draws its own shards; DTensor makes them parts of one draw
+                self.model.to_empty(device=self.world.device)
+                self.model.init_weights()
             self.masters = [p for p in model.parameters() if p.requires_grad]
         else:
             self._replicate()
