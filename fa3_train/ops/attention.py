@@ -41,6 +41,8 @@ class _Attention(torch.autograd.Function):
         ctx, q, k, v, sink, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         softmax_scale, causal, window_left, window_right, softcap, deterministic,
     ):  # fmt: skip
+        if cu_seqlens_k is None:  # see _kernels
+            cu_seqlens_k = cu_seqlens_q
         out, lse = torch.ops.fa3_train.attn_fwd(
             q, k, v, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k,
             softmax_scale, causal, window_left, window_right, softcap,
@@ -73,6 +75,10 @@ def _kernels(
         sink = sink.float().contiguous()
     lengths = (shape.seqlen_q, shape.seqlen_k)
     if needs_grad:
+        if cu_seqlens_k is cu_seqlens_q:
+            # Self-attention over packed rows. torch.compile refuses one tensor as two arguments of
+            # an autograd.Function.
+            cu_seqlens_k = None
         return _Attention.apply(
             q, k, v, sink, cu_seqlens_q, cu_seqlens_k, *lengths, scale, causal, left, right,
             softcap, deterministic,

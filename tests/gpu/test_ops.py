@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo import testing as dynamo_testing
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from fa3_train import numerics, reference
@@ -142,7 +143,7 @@ def test_compile_without_graph_break():
 
 
 def test_compile_packed_dynamic_lengths():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = dynamo_testing.CompileCounterWithBackend("aot_eager")
 
     def step(q, k, v, cu, longest):
         return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True,

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo import testing as dynamo_testing
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from fa3_train import numerics, reference
@@ -287,16 +288,17 @@ def test_compile_function_forward_and_backward(kernels):
         assert torch.equal(a, b)
 
 
-def test_compile_changing_lengths_does_not_recompile(kernels):
-    counter = torch._dynamo.testing.CompileCounter()
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_compile_changing_lengths_does_not_recompile(kernels, requires_grad):
+    counter = dynamo_testing.CompileCounter()
 
-    def step(q, cu, longest):
-        return flash_attn_varlen_func(q, q, q, cu, cu, longest, longest, backend="hopper")
+    def step(q, k, v, cu, longest):
+        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, backend="hopper")
 
     compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
     for longest in (9, 8, 11, 13):
-        q = torch.randn(16, 2, 16, dtype=torch.bfloat16)
-        compiled(q, offsets(16 - longest, longest), longest)
+        qkv = [half(16, heads, 16).requires_grad_(requires_grad) for heads in (4, 2, 2)]
+        compiled(*qkv, offsets(16 - longest, longest), longest)
     assert counter.frame_count == 1
 
 
