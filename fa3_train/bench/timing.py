@@ -2,8 +2,7 @@
 
 Every round calls each competitor once, so that drifts of clock and temperature hit all alike.
 Before a call the L2 cache is overwritten; then a short spin keeps the GPU busy until the host has
-queued the call, so that the events around it see kernels only and no launch gap. One
-synchronisation per round.
+queued the call, so that the events around it see kernels only and no launch gap.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import torch
 
 L2_FLUSH_BYTES = 128 << 20  # 2.5 times the 50 MB L2 of an H100
 MAX_SPIN_MS = 3.0
+HEAD_START_MS = 5.0
 LONG_CALL_MS = 50.0  # needs no warm-up beyond its first call
 BUDGET_MS = 600.0  # for the repetitions of one call of one cell
 MIN_ROUNDS = 3
@@ -89,8 +89,11 @@ class Timer:
                     again, total = self._once(call)
                     host = min(host, again)
             longest = max(longest, total)
-            spin[name] = int(min(MAX_SPIN_MS, 1.3 * host + 0.02) * self._cycles_per_ms)
+            spin[name] = int(min(MAX_SPIN_MS, 1.5 * host + 0.03) * self._cycles_per_ms)
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in calls}
+        # The host must never catch up: no synchronisation inside the loop, and a head start. (With
+        # one per round, the first competitor of each round was charged some 50 us of launch gap.)
+        torch.cuda._sleep(int(HEAD_START_MS * self._cycles_per_ms))
         for _ in range(rounds(reps, longest)):
             for name, call in calls.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -100,5 +103,5 @@ class Timer:
                 call()
                 end.record()
                 events[name].append((start, end))
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         return {n: summarize([a.elapsed_time(b) for a, b in pairs]) for n, pairs in events.items()}
