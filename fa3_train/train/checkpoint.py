@@ -161,7 +161,8 @@ class Checkpointer:
                 f"{partial} was made by rank 0 and rank {self.world.rank} does not see it: "
                 "checkpoint.dir must be on a file system that all ranks share"
             )
-        torch.save(_rng_state(self.world.device), partial / f"rank_{self.world.rank:05d}.pt")
+        state = {"rng": _rng_state(self.world.device), "engine": self.engine.rank_state()}
+        torch.save(state, partial / f"rank_{self.world.rank:05d}.pt")
 
     def _digest(self, partial: Path) -> dict[str, dict[str, Any]]:
         mine = files.files_under(partial)[self.world.rank :: self.world.size]
@@ -264,7 +265,9 @@ class Checkpointer:
             raise CheckpointError(f"{path}: cannot be loaded: {_reason(error)}") from error
         if manifest.world_size == self.world.size:
             rank_file = path / f"rank_{self.world.rank:05d}.pt"
-            _restore_rng(torch.load(rank_file, weights_only=True), self.world.device)
+            state = torch.load(rank_file, weights_only=True, map_location="cpu")
+            _restore_rng(state["rng"], self.world.device)
+            self.engine.load_rank_state(state["engine"])
         if path.parent == self.directory:
             self._known_good.add(manifest.step)
         return manifest

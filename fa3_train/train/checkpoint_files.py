@@ -4,7 +4,7 @@
       step_00000100/          complete: it has this name only after everything in it was synced
         manifest.json         step, engine, world size, config, progress; size and SHA-256 of files
         state/...             the engine's own files (torch DCP, or DeepSpeed's)
-        rank_00000.pt         random number generators of each rank
+        rank_00000.pt         what belongs to one rank: random number generators, FP8 amax histories
       .step_00000200.partial  being written, or left over from a kill; never looked at
       .step_00000050.old      being deleted
 

@@ -98,6 +98,13 @@ class Engine(abc.ABC):
     def load(self, folder: Path) -> None:
         """Read what `save` wrote; collective."""
 
+    def rank_state(self) -> dict[str, torch.Tensor]:
+        """Small state of this rank alone that `save` leaves out; belongs to the same world size."""
+        return {}
+
+    def load_rank_state(self, state: dict[str, torch.Tensor]) -> None:  # noqa: B027  (optional)
+        """Take back what `rank_state` returned."""
+
     def describe(self) -> dict[str, Any]:
         """What a reader of the run's config wants to know about the engine."""
         return {"engine": self.name, "world_size": self.world.size, "accum": self.accumulation}

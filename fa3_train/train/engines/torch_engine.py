@@ -230,6 +230,18 @@ class TorchEngine(Engine):
             with torch.no_grad():
                 torch._foreach_copy_(self.working, self.masters)
 
+    def rank_state(self) -> dict[str, torch.Tensor]:
+        """TransformerEngine's amax histories (te_recipe=delayed): bytes of a size that varies."""
+        return {
+            name: value
+            for name, value in self.model.state_dict().items()
+            if name.endswith("._extra_state") and isinstance(value, torch.Tensor) and value.numel()
+        }
+
+    def load_rank_state(self, state: dict[str, torch.Tensor]) -> None:
+        if state:
+            self.model.load_state_dict(state, strict=False)
+
     def describe(self) -> dict[str, Any]:
         return super().describe() | {
             "strategy": self.strategy,
