@@ -31,6 +31,7 @@ class Timing:
     quartile_low_ms: float
     quartile_high_ms: float
     reps: int
+    host_ms: float = 0.0  # until the call returns to Python, the GPU being idle
 
     @property
     def spread(self) -> float:
@@ -38,13 +39,14 @@ class Timing:
         return (self.quartile_high_ms - self.quartile_low_ms) / self.median_ms
 
 
-def summarize(samples_ms: list[float]) -> Timing:
+def summarize(samples_ms: list[float], host_ms: float = 0.0) -> Timing:
     """Median, minimum and quartiles of at least one sample."""
     if len(samples_ms) == 1:
         low = high = samples_ms[0]
     else:
         low, _, high = statistics.quantiles(samples_ms, n=4, method="inclusive")
-    return Timing(statistics.median(samples_ms), min(samples_ms), low, high, len(samples_ms))
+    median = statistics.median(samples_ms)
+    return Timing(median, min(samples_ms), low, high, len(samples_ms), host_ms)
 
 
 def rounds(reps: int, call_ms: float) -> int:
@@ -81,14 +83,14 @@ class Timer:
         Args:
             calls: name -> what to time; its GPU work goes to the current stream.
         """
-        spin, longest = {}, 0.0
+        spin, hosts, longest = {}, {}, 0.0
         for name, call in calls.items():
             host, total = self._once(call)
             if total < LONG_CALL_MS:
                 for _ in range(3):  # warm-up of clocks and allocator, and a fair host time
                     again, total = self._once(call)
                     host = min(host, again)
-            longest = max(longest, total)
+            longest, hosts[name] = max(longest, total), host
             spin[name] = int(min(MAX_SPIN_MS, 1.5 * host + 0.03) * self._cycles_per_ms)
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in calls}
         # The host must never catch up: no synchronisation inside the loop, and a head start. (With
@@ -104,4 +106,7 @@ class Timer:
                 end.record()
                 events[name].append((start, end))
         torch.cuda.synchronize()
-        return {n: summarize([a.elapsed_time(b) for a, b in pairs]) for n, pairs in events.items()}
+        return {
+            name: summarize([start.elapsed_time(end) for start, end in pairs], hosts[name])
+            for name, pairs in events.items()
+        }
