@@ -261,16 +261,19 @@ class Checkpointer:
         self._check_fits(path, manifest)
         try:
             self.engine.load(path / "state")
+            if manifest.world_size == self.world.size:
+                self._load_rank_file(path)
         except (Exception, CheckpointException) as error:
             raise CheckpointError(f"{path}: cannot be loaded: {_reason(error)}") from error
-        if manifest.world_size == self.world.size:
-            rank_file = path / f"rank_{self.world.rank:05d}.pt"
-            state = torch.load(rank_file, weights_only=True, map_location="cpu")
-            _restore_rng(state["rng"], self.world.device)
-            self.engine.load_rank_state(state["engine"])
         if path.parent == self.directory:
             self._known_good.add(manifest.step)
         return manifest
+
+    def _load_rank_file(self, path: Path) -> None:
+        file = path / f"rank_{self.world.rank:05d}.pt"
+        state = torch.load(file, weights_only=True, map_location="cpu")
+        _restore_rng(state["rng"], self.world.device)
+        self.engine.load_rank_state(state["engine"])
 
     def _check_fits(self, path: Path, manifest: Manifest) -> None:
         theirs, ours = manifest.engine, self.engine.describe()

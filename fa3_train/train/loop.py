@@ -126,7 +126,7 @@ class Trainer:
             self.data.close()
             self.checkpointer.close()
             paths = self.logger.close()
-        self.engine.close()
+            self.engine.close()
         if paths and (newest := self.checkpointer.newest()) is not None:
             paths["checkpoint"] = str(newest)
         return paths

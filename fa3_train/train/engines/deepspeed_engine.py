@@ -17,6 +17,7 @@ Start it with torchrun, with DeepSpeed's launcher (`deepspeed --module fa3_train
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -246,12 +247,13 @@ def _fused_adam(groups: list[dict[str, Any]], config: TrainConfig, world: World)
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Setup and checkpoints log dozens of lines, among them a warning that AdamW's subclass is
-    untested with ZeRO (our tests compare it with one process); show errors only."""
+    """Setup and checkpoints log and print dozens of lines, among them a warning that AdamW's
+    subclass is untested with ZeRO (our tests compare it with one process); show errors only."""
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logger.setLevel(logging.WARNING)
 

@@ -82,6 +82,13 @@ class GradientBuckets:
                 if not self._averages(bucket.flat):
                     bucket.flat.div_(self.world_size)
 
+    def close(self) -> None:
+        """Remove the hooks: parameter -> hook -> buckets -> parameter is a cycle through C++ that
+        Python's collector does not see, and would keep weights and buckets on the device."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
     def pause(self) -> None:
         """Leave gradients in `param.grad` from now on (for the diagnosis of a bad step)."""
         self._paused = True

@@ -191,6 +191,10 @@ class TorchEngine(Engine):
         for param in self.working:
             param.grad = None
 
+    def close(self) -> None:
+        if self.buckets is not None:
+            self.buckets.close()
+
     # -- checkpoint ------------------------------------------------------------------------
 
     def _state(self) -> dict[str, torch.Tensor]:
