@@ -11,6 +11,8 @@ TESTS ?= tests
 BIN := $(abspath $(VENV))/bin
 # DeepSpeed compiles its CPU op with the environment's ninja.
 export PATH := $(BIN):$(PATH)
+# Test processes share the cores: threads that spin while waiting would stall each other.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: train test setup build lint types clean
 
