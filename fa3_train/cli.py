@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [w for w in words if not re.fullmatch(r"--local[_-]rank=\d+", w)]
     rank = int(os.environ.get("RANK", "0"))
     # Read by OpenMP when torch loads. Threads that spin while they wait made a CPU run 4 times
-    # slower on 2 cores that other processes used as well, and gain nothing on idle ones.
+    # slower on 2 cores that other processes used as well.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         if {"-h", "--help"} & set(words):
