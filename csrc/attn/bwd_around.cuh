@@ -24,7 +24,6 @@ struct BwdAroundParams {
   const float *dk_sum, *dv_sum;  // bwd_round_dkv: (B, Sk, heads_k, D) contiguous
   int64_t total_q, total_k;      // rows of q and of k: packed totals, dense batch * seqlen
   float lse_factor;              // neg_lse = -lse * lse_factor: 1 / softmax_scale, or log2 e with softcap
-  int transposed_statistics;     // statistics_slot order
   int dq_fp32;
 };
 
@@ -130,7 +129,7 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_prepare(const __grid_const
       const float l = exists ? lse[row] : -INFINITY;
       const bool live = l != -INFINITY;
       if (live && dlse != nullptr) delta -= dlse[row];
-      const int64_t at = row_block * BLOCK_M + (p.transposed_statistics ? statistics_slot(row) : row);
+      const int64_t at = row_block * BLOCK_M + statistics_slot(row);
       p.work.neg_lse[at] = live ? -l * p.lse_factor : -INFINITY;
       p.work.neg_delta[at] = live ? -delta : 0.f;
       if (p.sink != nullptr && live) sink_sum += exp2_approx((sink - l) * 1.44269504f) * delta;

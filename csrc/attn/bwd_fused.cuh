@@ -133,17 +133,20 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         mbar_arrive(bar(plan.tile_full[tiles.stage]));
         tiles.advance();
         if (t.key_block < 0) break;
-        QueryWalk walk(t);
-        for (int step = 0; step < t.steps; ++step, q_ring.advance(), walk.advance(t)) {
+        QueryWalk walk(p.shape, t);
+        const int query_row = T::kPacked ? t.query_row : 0, batch = t.batch;
+        bool first = true;
+        for (; walk.left > 0; q_ring.advance(), walk.advance()) {
           const int i = q_ring.stage;
           mbar_wait(bar(plan.q_empty[i]), q_ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.q_full[i]), T::kQueryTileBytes + BLOCK_M * 4);
-          load_tile(plan.q[i], p.q, plan.q_full[i], BLOCK_M, t.query_row + walk.m * BLOCK_M, walk.head, t.batch,
+          load_tile(plan.q[i], p.q, plan.q_full[i], BLOCK_M, query_row + walk.m * BLOCK_M, walk.head, batch,
                     kL2EvictLast);
           await_prepare();
-          bulk_load(smem_addr(plan.neg_lse[i]), p.work.neg_lse + int64_t(walk.row_block(p.shape, t)) * BLOCK_M,
+          bulk_load(smem_addr(plan.neg_lse[i]), p.work.neg_lse + int64_t(walk.row_block) * BLOCK_M,
                     BLOCK_M * 4, bar(plan.q_full[i]));
-          if (step == 0) {
+          if (first) {
+            first = false;
             mbar_wait(bar(plan.k_empty), key_phase ^ 1);
             key_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.k_full), T::kKeyTileBytes);
@@ -163,17 +166,20 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         const KeyTile& t = plan.tile[tiles.stage];
         mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
         if (t.key_block < 0) break;
-        QueryWalk walk(t);
-        for (int step = 0; step < t.steps; ++step, do_ring.advance(), walk.advance(t)) {
+        QueryWalk walk(p.shape, t);
+        const int query_row = T::kPacked ? t.query_row : 0, batch = t.batch;
+        bool first = true;
+        for (; walk.left > 0; do_ring.advance(), walk.advance()) {
           const int i = do_ring.stage;
           mbar_wait(bar(plan.do_empty[i]), do_ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.do_full[i]), T::kQueryTileBytes + BLOCK_M * 4);
-          load_tile(plan.dout[i], p.dout, plan.do_full[i], BLOCK_M, t.query_row + walk.m * BLOCK_M, walk.head,
-                    t.batch, kL2EvictLast);
+          load_tile(plan.dout[i], p.dout, plan.do_full[i], BLOCK_M, query_row + walk.m * BLOCK_M, walk.head,
+                    batch, kL2EvictLast);
           if (!prepared) grid_dependency_wait(), prepared = true;
-          bulk_load(smem_addr(plan.neg_delta[i]), p.work.neg_delta + int64_t(walk.row_block(p.shape, t)) * BLOCK_M,
+          bulk_load(smem_addr(plan.neg_delta[i]), p.work.neg_delta + int64_t(walk.row_block) * BLOCK_M,
                     BLOCK_M * 4, bar(plan.do_full[i]));
-          if (step == 0) {
+          if (first) {
+            first = false;
             mbar_wait(bar(plan.v_empty), key_phase ^ 1);
             key_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.v_full), T::kKeyTileBytes);
@@ -192,9 +198,9 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         const KeyTile& t = plan.tile[tiles.stage];
         mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
         if (t.key_block < 0) break;
-        QueryWalk walk(t);
-        for (int step = 0; step < t.steps; ++step, walk.advance(t)) {
-          const int row_block = walk.row_block(p.shape, t);
+        QueryWalk walk(p.shape, t);
+        for (; walk.left > 0; walk.advance()) {
+          const int row_block = walk.row_block;
           float* const dst = p.work.dq + int64_t(row_block) * T::kDqBlockFloats;
 #pragma unroll
           for (int g = 0; g < T::kConsumers; ++g) {
@@ -474,37 +480,46 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           pin(s);
         }
       };
-      // One step of two halves. Here S of the next half goes first and its softmax runs under this half's dV and dK,
-      // and under dQ of the whole block, whose result is sent a half later.
-      const auto double_step = [&](auto is_last, bool sends) {
-        constexpr bool kLast = decltype(is_last)::value;
-        const int q_stage = q_ring.stage, do_stage = do_ring.stage();
-        const uint64_t q_half = descriptor_step(q_cols, q_stage * T::kQueryTileBytes);
-        const uint64_t do_half = descriptor_step(do_cols, do_stage * T::kQueryTileBytes);
-        softmax_backward(s, dp, q_stage, 0);
+      // Two halves make a step at head dim 64. S of the next half goes first, and its softmax runs under this half's dK
+      // and the next dP; dQ of the whole block runs under the next half's work and is sent after that. An iteration
+      // is the second half of a block and the first of the next: no dQ in flight at its ends (ptxas would serialize).
+      const auto issue_half = [&](int half) {
+        mma_grad(dv, p16, descriptor_step(do_cols, do_ring.stage() * T::kQueryTileBytes + half * 4 * kStepMNMajor));
+        mma_grad(dk, ds16, descriptor_step(q_cols, q_ring.stage * T::kQueryTileBytes + half * 4 * kStepMNMajor));
+      };
+      const auto to_ds = [&](int half) {
+        softmax_backward(s, dp, q_ring.stage, half);
         pack_all<Elem>(s, p16);
         pack_all<Elem>(dp, ds16);
-        store_ds(ds16, ds_stage, 0);
-        start_scores(s, q_stage, 1), pin(s);
+        store_ds(ds16, ds_stage, half);
+      };
+      const auto send_finished_dq = [&] {
+        await_dq_buffer();
+        store_dq(dq);
+        send_dq();
+      };
+      // On entry: P of the first half in s, its dP done, dQ of the block before in flight (but for the first block).
+      const auto first_half = [&](auto sends) {
+        to_ds(0);
+        start_scores(s, q_ring.stage, 1), pin(s);
         start_dp(1), pin(dp);
         issue_s(1);
-        mma_grad(dv, p16, do_half);
-        mma_grad(dk, ds16, q_half);
+        issue_half(0);
         issue_dp(1);
-        if (sends) {  // dQ of the block before
-          await_dq_buffer();
-          store_dq(dq);
-          send_dq();
-        }
-        wgmma_wait<3>(), pin(s);
+        wgmma_wait<3>(), pin(s);  // dQ, S
+        if constexpr (decltype(sends)::value) pin(dq);
         softmax(s, shift, key0, seqlen_k, m, 1);
         pin(s);
+        if constexpr (decltype(sends)::value) send_finished_dq();
         wgmma_wait<0>(), pin(dp);
+      };
+      const auto second_half = [&](auto is_last) {
+        constexpr bool kLast = decltype(is_last)::value;
         if constexpr (kLast) arrive(plan.v_empty);
-        softmax_backward(s, dp, q_stage, 1);
-        pack_all<Elem>(s, p16);
-        pack_all<Elem>(dp, ds16);
-        store_ds(ds16, ds_stage, 1);
+        to_ds(1);
+        const int q_stage = q_ring.stage, do_stage = do_ring.stage();
+        const uint64_t do_half = descriptor_step(do_cols, do_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
+        const uint64_t q_half = descriptor_step(q_cols, q_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
         next_block();
         if constexpr (!kLast) {
           await_block();
@@ -512,26 +527,25 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           start_dp(0), pin(dp);
           issue_s(0);
         }
-        mma_grad(dv, p16, descriptor_step(do_half, 4 * kStepMNMajor));
-        mma_grad(dk, ds16, descriptor_step(q_half, 4 * kStepMNMajor));
-        if constexpr (!kLast) issue_dp(0);
+        mma_grad(dv, p16, do_half);
+        mma_grad(dk, ds16, q_half);
+        if constexpr (!kLast) {
+          issue_dp(0);
+          wgmma_wait<3>(), pin(s);
+          softmax(s, shift, key0, seqlen_k, m, 0);
+          pin(s);
+        }
         fence_proxy_async_shared();
         named_sync(kBarDsWritten, 256);
         mma_dq(dq, descriptor_step(ds_rows, ds_stage * T::kDsBytes));
         ds_stage ^= 1;
-        if constexpr (!kLast) {
-          wgmma_wait<4>(), pin(s);
-          softmax(s, shift, key0, seqlen_k, m, 0);
-          pin(s);
-        }
-        wgmma_wait<0>(), pin(dp), pin(dq);
+        wgmma_wait<1>(), pin(dp);  // all but dQ
         arrive(plan.q_empty[q_stage]);
         arrive(plan.do_empty[do_stage]);
         if constexpr (kLast) {
+          wgmma_wait<0>(), pin(dq);
           arrive(plan.k_empty);
-          await_dq_buffer();
-          store_dq(dq);
-          send_dq();
+          send_finished_dq();
         }
       };
       if constexpr (T::kHalves == 1) {
@@ -540,9 +554,13 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         step(Constant<true>{});
       } else {
         wgmma_wait<0>(), pin(dp);
+        first_half(Constant<false>{});
 #pragma unroll 1
-        for (int i = 1; i < steps; ++i) double_step(Constant<false>{}, i > 1);
-        double_step(Constant<true>{}, steps > 1);
+        for (int i = 1; i < steps; ++i) {
+          second_half(Constant<false>{});
+          first_half(Constant<true>{});
+        }
+        second_half(Constant<true>{});
       }
       pin(dk), pin(dv);
     }

@@ -95,16 +95,19 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         mbar_arrive(bar(plan.tile_full[tiles.stage]));
         tiles.advance();
         if (t.key_block < 0) break;
-        QueryWalk walk(t);
-        for (int step = 0; step < t.steps; ++step, ring.advance(), walk.advance(t)) {
+        QueryWalk walk(p.shape, t);
+        const int query_row = T::kPacked ? t.query_row : 0, batch = t.batch;
+        bool first = true;
+        for (; walk.left > 0; ring.advance(), walk.advance()) {
           const int i = ring.stage;
           mbar_wait(bar(plan.q_empty[i]), ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.q_full[i]), T::kQBytes + BLOCK_M * 4);
-          load_tile(plan.q[i], p.q, plan.q_full[i], T::kSlabsQK, BLOCK_M, t.query_row + walk.m * BLOCK_M, walk.head,
-                    t.batch, kL2EvictLast);
-          bulk_load(smem_addr(plan.neg_lse[i]), p.work.neg_lse + int64_t(walk.row_block(p.shape, t)) * BLOCK_M,
+          load_tile(plan.q[i], p.q, plan.q_full[i], T::kSlabsQK, BLOCK_M, query_row + walk.m * BLOCK_M, walk.head,
+                    batch, kL2EvictLast);
+          bulk_load(smem_addr(plan.neg_lse[i]), p.work.neg_lse + int64_t(walk.row_block) * BLOCK_M,
                     BLOCK_M * 4, bar(plan.q_full[i]));
-          if (step == 0) {
+          if (first) {
+            first = false;
             mbar_wait(bar(plan.k_empty), key_phase ^ 1);
             key_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.k_full), T::kKBytes);
@@ -122,16 +125,19 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         const KeyTile& t = plan.tile[tiles.stage];
         mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
         if (t.key_block < 0) break;
-        QueryWalk walk(t);
-        for (int step = 0; step < t.steps; ++step, ring.advance(), walk.advance(t)) {
+        QueryWalk walk(p.shape, t);
+        const int query_row = T::kPacked ? t.query_row : 0, batch = t.batch;
+        bool first = true;
+        for (; walk.left > 0; ring.advance(), walk.advance()) {
           const int i = ring.stage;
           mbar_wait(bar(plan.do_empty[i]), ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.do_full[i]), T::kDoBytes + BLOCK_M * 4);
-          load_tile(plan.dout[i], p.dout, plan.do_full[i], T::kSlabsV, BLOCK_M, t.query_row + walk.m * BLOCK_M,
-                    walk.head, t.batch, kL2EvictLast);
-          bulk_load(smem_addr(plan.neg_delta[i]), p.work.neg_delta + int64_t(walk.row_block(p.shape, t)) * BLOCK_M,
+          load_tile(plan.dout[i], p.dout, plan.do_full[i], T::kSlabsV, BLOCK_M, query_row + walk.m * BLOCK_M,
+                    walk.head, batch, kL2EvictLast);
+          bulk_load(smem_addr(plan.neg_delta[i]), p.work.neg_delta + int64_t(walk.row_block) * BLOCK_M,
                     BLOCK_M * 4, bar(plan.do_full[i]));
-          if (step == 0) {
+          if (first) {
+            first = false;
             mbar_wait(bar(plan.v_empty), key_phase ^ 1);
             key_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.v_full), T::kVBytes);

@@ -55,6 +55,19 @@ struct BwdLaunch {
   dim3 row_grid;  // of the kernels around: (query blocks, heads, batch)
 };
 
+// The four inputs in boxes of block_m queries and block_n keys.
+inline int encode_maps(const BwdCall& call, BlockShape blocks, BwdKernelParams* p) {
+  const fa3_attn_bwd_params& a = *call.params;
+  const bool packed = a.cu_seqlens_q != nullptr;
+  const int64_t batch = packed ? 1 : a.batch;
+  const int64_t q_tokens = packed ? a.total_q : a.seqlen_q, k_tokens = packed ? a.total_k : a.seqlen_k;
+  const int m = blocks.block_m, n = blocks.block_n;
+  FA3_TRY(encode_token_map(&p->q, "q", a.q, a.dtype, a.head_dim_qk, q_tokens, a.heads_q, batch, m, a.workspace));
+  FA3_TRY(encode_token_map(&p->dout, "dout", a.dout, a.dtype, a.head_dim_v, q_tokens, a.heads_q, batch, m, a.workspace));
+  FA3_TRY(encode_token_map(&p->k, "k", a.k, a.dtype, a.head_dim_qk, k_tokens, a.heads_k, batch, n, a.workspace));
+  return encode_token_map(&p->v, "v", a.v, a.dtype, a.head_dim_v, k_tokens, a.heads_k, batch, n, a.workspace);
+}
+
 inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   const fa3_attn_bwd_params& a = *call.params;
   const BwdPlan& plan = call.plan;
@@ -106,13 +119,7 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   m.dq_fp32 = a.dq_accum.ptr != nullptr;
   m.dq = grad_tensor(m.dq_fp32 ? a.dq_accum : a.dq);
 
-  const int64_t map_batch = packed ? 1 : a.batch;
-  const int64_t q_tokens = packed ? a.total_q : a.seqlen_q, k_tokens = packed ? a.total_k : a.seqlen_k;
-  const int bm = plan.blocks.block_m, bn = plan.blocks.block_n;
-  FA3_TRY(encode_token_map(&m.q, "q", a.q, a.dtype, a.head_dim_qk, q_tokens, a.heads_q, map_batch, bm, base));
-  FA3_TRY(encode_token_map(&m.dout, "dout", a.dout, a.dtype, a.head_dim_v, q_tokens, a.heads_q, map_batch, bm, base));
-  FA3_TRY(encode_token_map(&m.k, "k", a.k, a.dtype, a.head_dim_qk, k_tokens, a.heads_k, map_batch, bn, base));
-  FA3_TRY(encode_token_map(&m.v, "v", a.v, a.dtype, a.head_dim_v, k_tokens, a.heads_k, map_batch, bn, base));
+  FA3_TRY(encode_maps(call, plan.blocks, &m));
 
   r.shape = s;
   r.work = m.work;
@@ -166,18 +173,18 @@ inline BwdMode mode_of(const BwdCall& call) {
 }
 
 template <class T>
-int launch_tiles(void (*kernel)(BwdKernelParams), const BwdCall& call, const BwdLaunch& launch, const TileOrder& order,
-                 const char* name) {
+int launch_tiles(void (*kernel)(BwdKernelParams), const BwdCall& call, const BwdLaunch& launch,
+                 const BwdKernelParams& params, const TileOrder& order, const char* name) {
   const int tiles = tile_count(order);
   FA3_TRY(allow_shared_memory(reinterpret_cast<const void*>(kernel), T::kSharedBytes));
-  return launch_kernel(kernel, launch.main, dim3(tiles < call.sm_count ? tiles : call.sm_count), T::kThreads,
+  return launch_kernel(kernel, params, dim3(tiles < call.sm_count ? tiles : call.sm_count), T::kThreads,
                        T::kSharedBytes, launch.stream, true, name);
 }
 
 template <int kHeadDim, class Elem, BwdMode kMode>
 int launch_fused_kernel(const BwdCall& call, const BwdLaunch& launch) {
   using T = BwdFusedTraits<kHeadDim, Elem, kMode>;
-  return launch_tiles<T>(bwd_fused<T>, call, launch, call.plan.order, "bwd_fused");
+  return launch_tiles<T>(bwd_fused<T>, call, launch, launch.main, call.plan.order, "bwd_fused");
 }
 
 template <int kHeadDim, class Elem>
@@ -203,8 +210,11 @@ template <int kDimQK, int kDimV, class Elem, BwdMode kMode>
 int launch_pass_kernels(const BwdCall& call, const BwdLaunch& launch) {
   using Keys = BwdKeysTraits<kDimQK, kDimV, Elem, kMode>;
   using Queries = BwdQueriesTraits<kDimQK, kDimV, Keys::BLOCK_M, Elem, kMode>;
-  FA3_TRY(launch_tiles<Keys>(bwd_keys<Keys>, call, launch, call.plan.order, "bwd_keys"));
-  return launch_tiles<Queries>(bwd_queries<Queries>, call, launch, call.plan.query_order, "bwd_queries");
+  static_assert(Queries::BLOCK_M == kBwdQueryTile, "the plan counts query tiles");
+  FA3_TRY(launch_tiles<Keys>(bwd_keys<Keys>, call, launch, launch.main, call.plan.order, "bwd_keys"));
+  BwdKernelParams second = launch.main;
+  FA3_TRY(encode_maps(call, {Queries::BLOCK_M, Queries::BLOCK_N}, &second));
+  return launch_tiles<Queries>(bwd_queries<Queries>, call, launch, second, call.plan.query_order, "bwd_queries");
 }
 
 template <int kDimQK, int kDimV, class Elem>

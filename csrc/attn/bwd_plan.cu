@@ -56,7 +56,6 @@ constexpr Bucket kBuckets[] = {
     {192, 192, true, {96, 64}},
     {256, 256, true, {64, 64}},
 };
-constexpr int kQueryTile = 128;  // rows of a tile of the second pass
 
 }  // namespace
 
@@ -111,7 +110,7 @@ int plan_bwd(const char* f, const fa3_attn_bwd_params& a, int sm_count, BwdPlan*
     // K and V of the heads in a section share L2. Later queries see more keys: longest first is descending.
     TileOrder& q = p.query_order;
     q.num_heads = packed ? a.heads_q : a.heads_q * a.batch;
-    q.num_key_blocks = packed ? packed_blocks(a.total_q, a.batch, kQueryTile) : ceil_div(a.seqlen_q, kQueryTile);
+    q.num_key_blocks = packed ? packed_blocks(a.total_q, a.batch, kBwdQueryTile) : ceil_div(a.seqlen_q, kBwdQueryTile);
     q.section = 1;
     q.descending = p.window_right != kUnbounded;
     const int64_t kv_bytes = int64_t(a.seqlen_k) * 2 * (p.head_dim_qk + p.head_dim_v);

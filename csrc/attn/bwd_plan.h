@@ -9,6 +9,8 @@ namespace fa3 {
 // fa3_attn_bwd_params::options
 enum BwdOption : int { kBwdWholeGroup = 1, kBwdHeadByHead = 2 };
 
+constexpr int kBwdQueryTile = 128;  // rows of a tile of the second pass
+
 struct BwdPlan {
   // Kernel: the head-dim bucket, one or two passes over the scores.
   int head_dim_qk, head_dim_v;  // of the bucket

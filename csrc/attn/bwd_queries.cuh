@@ -118,13 +118,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
         mbar_arrive(bar(plan.tile_full[tiles.stage]));
         tiles.advance();
         if (t.query_block < 0) break;
-        for (int n = t.key_begin; n < t.key_end; ++n, ring.advance()) {
+        const int begin = t.key_begin, end = t.key_end, key_row = t.key_row, head = t.head_k, batch = t.batch;
+        for (int n = begin; n < end; ++n, ring.advance()) {
           const int i = ring.stage;
           mbar_wait(bar(plan.k_empty[i]), ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.k_full[i]), T::kKBytes);
-          load_tile(plan.k[i], p.k, plan.k_full[i], T::kSlabsQK, BLOCK_N, t.key_row + n * BLOCK_N, t.head_k, t.batch,
+          load_tile(plan.k[i], p.k, plan.k_full[i], T::kSlabsQK, BLOCK_N, key_row + n * BLOCK_N, head, batch,
                     kL2EvictLast);
-          if (n == t.key_begin) {
+          if (n == begin) {
             mbar_wait(bar(plan.q_empty), query_phase ^ 1);
             query_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.q_full), T::kQBytes);
@@ -142,13 +143,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
         const QueryTile& t = plan.tile[tiles.stage];
         mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
         if (t.query_block < 0) break;
-        for (int n = t.key_begin; n < t.key_end; ++n, ring.advance()) {
+        const int begin = t.key_begin, end = t.key_end, key_row = t.key_row, head = t.head_k, batch = t.batch;
+        for (int n = begin; n < end; ++n, ring.advance()) {
           const int i = ring.stage;
           mbar_wait(bar(plan.v_empty[i]), ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.v_full[i]), T::kVBytes);
-          load_tile(plan.v[i], p.v, plan.v_full[i], T::kSlabsV, BLOCK_N, t.key_row + n * BLOCK_N, t.head_k, t.batch,
+          load_tile(plan.v[i], p.v, plan.v_full[i], T::kSlabsV, BLOCK_N, key_row + n * BLOCK_N, head, batch,
                     kL2EvictLast);
-          if (n == t.key_begin) {
+          if (n == begin) {
             mbar_wait(bar(plan.do_empty), query_phase ^ 1);
             query_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.do_full), T::kDoBytes);

@@ -139,14 +139,26 @@ FA3_DEVICE void find_query_tile(const BwdKernelParams& p, int index, QueryTile& 
   t.key_end = range.begin + range.size();
 }
 
-// Walks (query head, query block) of a tile.
+// Walks (query head, query block) of a tile. What changes every step is in registers: shared-memory reads would queue
+// behind the operand reads of the math warpgroups, hundreds of cycles each.
 struct QueryWalk {
-  int m, head;
-  FA3_DEVICE explicit QueryWalk(const KeyTile& t) : m(t.query_begin), head(t.head_q) {}
-  FA3_DEVICE void advance(const KeyTile& t) {
-    if (++m == t.query_end) m = t.query_begin, ++head;
+  const BwdShape& shape;
+  const KeyTile& tile;
+  int m, head, row_block, end, left;
+  FA3_DEVICE QueryWalk(const BwdShape& s, const KeyTile& t) : shape(s), tile(t) {
+    head = t.head_q;
+    end = t.query_end;
+    left = t.steps;
+    start_head();
   }
-  FA3_DEVICE int row_block(const BwdShape& s, const KeyTile& t) const { return head * s.row_blocks + t.row_block + m; }
+  FA3_DEVICE void start_head() {
+    m = tile.query_begin;
+    row_block = head * shape.row_blocks + tile.row_block + m;
+  }
+  FA3_DEVICE void advance() {
+    --left, ++m, ++row_block;
+    if (m == end) ++head, start_head();
+  }
 };
 
 // Accumulators of a transposed score tile start at a statistic of their column (statistics_slot order).
