@@ -78,7 +78,8 @@ def hadamard_transform(x: Tensor) -> Tensor:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack([a + b, a - b], -2).flatten(-3)
         step *= 2
-    return y.flatten(-2) * (1.0 / math.sqrt(order))
+    scaled: Tensor = y.flatten(-2) * (1.0 / math.sqrt(order))
+    return scaled
 
 
 def random_signs(head_dim: int, seed: int = 0) -> Tensor:
@@ -212,10 +213,11 @@ def dequantize_blocks(
 # ---- the preprocessing -----------------------------------------------------------------------
 
 
-def _stages(cos, sin, signs, hadamard) -> tuple[bool, bool]:
+def _mixes(cos: Tensor | None, sin: Tensor | None, signs: Tensor | None, on: bool | None) -> bool:
+    """Whether the transform is on: asked for, or by default where there are signs."""
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must be given together")
-    return cos is not None, (signs is not None) if hadamard is None else hadamard
+    return (signs is not None) if on is None else on
 
 
 def rope_hadamard(
@@ -234,9 +236,9 @@ def rope_hadamard(
 
     x (B, S, H, D) or packed (T, H, D). ``hadamard`` defaults to "signs are given".
     """
-    rope, mix = _stages(cos, sin, signs, hadamard)
+    mix = _mixes(cos, sin, signs, hadamard)
     y = x.to(dtype)
-    if rope:
+    if cos is not None and sin is not None:
         y = rotate(
             y, cos, sin, position_ids=position_ids, cu_seqlens=cu_seqlens, interleaved=interleaved
         )
@@ -258,12 +260,12 @@ def rope_hadamard_gradient(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Gradient of :func:`rope_hadamard` to its x: the transform is orthogonal, so its inverse."""
-    rope, mix = _stages(cos, sin, signs, hadamard)
+    mix = _mixes(cos, sin, signs, hadamard)
     y = grad.to(dtype)
     if mix:
         y = hadamard_transform(y)
         y = y if signs is None else y * signs.to(dtype)
-    if rope:
+    if cos is not None and sin is not None:
         y = rotate(
             y, cos, sin, position_ids=position_ids, cu_seqlens=cu_seqlens, interleaved=interleaved,
             inverse=True,
@@ -399,22 +401,21 @@ def attention_fp8(
     rows_v = descale_of_rows(v_descale, v, block_size, cu_seqlens_k)[..., 0]
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=dtype, device=q.device)
     lse = torch.full((*q.shape[:-3], q.shape[-2], q.shape[-3]), -math.inf, dtype=dtype).to(q.device)
+    places: list[tuple[int | None, slice, slice]]
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        places = [((b,), slice(0, q.shape[1]), slice(0, k.shape[1])) for b in range(q.shape[0])]
+        places = [(b, slice(0, q.shape[1]), slice(0, k.shape[1])) for b in range(q.shape[0])]
     else:
         a, b = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        places = [
-            ((), slice(a[i], a[i + 1]), slice(b[i], b[i + 1])) for i in range(len(a) - 1)
-        ]  # fmt: skip
+        places = [(None, slice(a[i], a[i + 1]), slice(b[i], b[i + 1])) for i in range(len(a) - 1)]
     for batch, sq, sk in places:
         mask = visible(sq.stop - sq.start, sk.stop - sk.start, causal, window_size, q.device)
+        q_b, k_b, v_b, rows_q_b, rows_k_b, rows_v_b, out_b, lse_b = (
+            x if batch is None else x[batch] for x in (q, k, v, rows_q, rows_k, rows_v, out, lse)
+        )
         for h in range(q.shape[-2]):
             g = h // group
-            o, s = _attend_codes(
-                q[(*batch, sq, h)], k[(*batch, sk, g)], v[(*batch, sk, g)],
-                rows_q[(*batch, sq, h)], rows_k[(*batch, sk, g)], rows_v[(*batch, sk, g)],
-                mask, scale, two_level, accumulator == "hopper", block_size, dtype,
+            out_b[sq, h], lse_b[h, sq] = _attend_codes(
+                q_b[sq, h], k_b[sk, g], v_b[sk, g], rows_q_b[sq, h], rows_k_b[sk, g],
+                rows_v_b[sk, g], mask, scale, two_level, accumulator == "hopper", block_size, dtype,
             )  # fmt: skip
-            out[(*batch, sq, h)] = o
-            lse[(*batch, h, sq)] = s
     return out, lse

@@ -138,6 +138,7 @@ def attend(
     """Attention on codes: the kernel, rounded to fp16, or the emulation."""
     q, k = codes[:2]
     if on_kernel(device):
+        out: Tensor
         out, _ = torch.ops.fa3_train.attn_fp8_fwd(
             *codes, *descales, None, None, q.shape[1], k.shape[1], 1.0 / math.sqrt(q.shape[-1]),
             causal, -1, 0 if causal else -1, two_level, torch.float16,
@@ -186,6 +187,7 @@ def sixteen_bit_row(
         from fa3_train import flash_attn_func
 
         out = flash_attn_func(q, k, v, causal=causal, backend="hopper")
+        assert isinstance(out, Tensor)
         name += ", kernel"
     else:
         out, _ = reference.attention_emulated(q, k, v, causal=causal)

@@ -105,7 +105,9 @@ def stage_calls(
         moved = sum(x.numel() for x in inputs) * (bytes_in + bytes_out)
         moved += 2 * cos.nbytes if mask & ROPE else 0
 
-        def call(inputs=inputs, stages=stages, inverse=inverse):
+        def call(
+            inputs: list[Tensor] = inputs, stages: list[int] = stages, inverse: bool = inverse
+        ) -> Any:
             return prep(
                 inputs, stages, cos, sin, signs, None, None, interleaved, inverse, 128, dtype
             )
@@ -120,7 +122,9 @@ def stage_calls(
     return calls
 
 
-def copy_calls(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
+def copy_calls(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], Any]]:
     """The shape's tensors copied one after the other, and as one buffer."""
     xs = [
         torch.empty(shape.batch * shape.seqlen * h * shape.head_dim, dtype=dtype, device=device)
@@ -175,7 +179,7 @@ def measure(timer: Timer, name: str, args: argparse.Namespace) -> dict[str, Any]
     times = timer.measure({**copies, **{n: call for n, (call, _) in work.items()}}, args.reps)
     copied = 4 * sum(shape.batch * shape.seqlen * h * shape.head_dim for h in shape.heads)
     copy_ms = min(times[n].median_ms for n in copies)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": n, "us": times[n].median_ms * 1e3, "bytes": copied, "spread": times[n].spread}
         for n in copies
     ]

@@ -172,9 +172,9 @@ def _prep(
     xs = [_kernel_ready(x) for x in xs]  # referenced until the launch
     scales = iter(descales)
     for i, (x, out, stage) in enumerate(zip(xs, outs, stages, strict=True)):
-        descale = next(scales).data_ptr() if stage & QUANTIZE else None
+        address = next(scales).data_ptr() if stage & QUANTIZE else None
         params.tensors[i] = _lib.PrepTensor(
-            hopper.strided(x), hopper.strided(out), descale, x.shape[-2],
+            hopper.strided(x), hopper.strided(out), address, x.shape[-2],
             int(bool(stage & ROPE)), int(bool(stage & HADAMARD)), int(bool(stage & QUANTIZE)),
         )  # fmt: skip
     kept = []  # converted arguments, alive until the launch
