@@ -169,7 +169,7 @@ def _alternate(
         "what": "loop",
         "machine": machine(),
         "recipe": config.recipe,
-        "words": config.to_dict(),
+        "config": config.to_dict(),
         "block_steps": block,
         "ours_s": ours_s,
         "bare_s": bare_s,

@@ -2,7 +2,8 @@
 
 The memory estimate adds up what must exist at the worst moment of a step on one GPU. It leaves out
 the allocator's fragmentation, NCCL's and cuBLAS's buffers and the CUDA context (1 to 3 GiB
-together), so leave that much room.
+together), so leave that much room. What torch had allocated at the peak was 9 % (4 layers of
+Llama 3 8B, 40.6 GiB estimated) and 13 % (recipe tiny_gpu, 12.1 GiB) more, measured on an H200.
 
 Activations, in elements per token and layer, for hidden size h, query width q = H D, key/value
 width k = Hkv D and feed-forward width f: what the backward of each piece reads is
