@@ -1,7 +1,7 @@
 """Whole training runs, one after the other: engines x linears on the sizes that people train.
 
-    python -m fa3_train.bench trainer --sizes tiny_gpu llama3_8b_layers --engines torch deepspeed \\
-        --linears torch te_fp8 --steps 20 --out docs/results/trainer_gpu.json [key=value ...]
+    python -m fa3_train.bench trainer --engines torch --linears torch te_fp8 \\
+        --backends sdpa hopper --steps 20 --out docs/results/trainer_gpu.json [key=value ...]
 
 Each cell is what `python -m fa3_train recipe=...` runs (`Trainer`, on text), so it measures
 everything that a user gets. Numbers are medians over the steps after the first `--skip`; losses are
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import tempfile
@@ -40,7 +41,7 @@ SIZES = {
         "engine=torch",
         "model.num_layers=4",
         "model.activation_checkpointing=none",
-        "data.global_batch=4",
+        "data.global_batch=2",
         "optimizer.lr=1e-4",
         "run.gpus=0",
         "checkpoint.async_save=false",
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["torch", "deepspeed"])
     parser.add_argument("--linears", nargs="+", default=["torch", "te_fp8"])
+    parser.add_argument("--backends", nargs="+", default=["sdpa"], help="attention.backend")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--skip", type=int, default=5, help="steps that no median counts")
     parser.add_argument("--out", type=Path, help="JSON file; cells of earlier calls are kept")
@@ -82,24 +84,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     cells: list[dict[str, Any]] = []
     world: World | None = None
-    for size in args.sizes:
-        for linear in args.linears:
-            for engine in args.engines:
-                name = {"size": size, "engine": engine, "linear": linear}
-                words = [*SIZES[size], *ENGINES[engine], *_FIXED, f"linear={linear}"]
-                words += [f"run.steps={args.steps}", f"logging.every={args.steps}", *args.words]
-                try:
-                    cell, world = _measure(words, args.skip)
-                except Exception as error:  # the other cells are worth having
-                    traceback.print_exc()
-                    cell = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-                cells.append(name | {"words": words} | cell)
-                if world is None or world.is_main:
-                    print(_line(cells[-1]), flush=True)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
+    for size, linear, backend, engine in itertools.product(
+        args.sizes, args.linears, args.backends, args.engines
+    ):
+        name = {"size": size, "engine": engine, "linear": linear, "backend": backend}
+        words = [*SIZES[size], *ENGINES[engine], *_FIXED]
+        words += [f"linear={linear}", f"attention={backend}"]
+        words += [f"run.steps={args.steps}", f"logging.every={args.steps}", *args.words]
+        try:
+            cell, world = _measure(words, args.skip)
+        except Exception as error:  # the other cells are worth having
+            traceback.print_exc()
+            cell = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        cells.append(name | {"words": words} | cell)
+        if world is None or world.is_main:
+            print(_line(cells[-1]), flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     if args.out and (world is None or world.is_main):
         _write(args, cells)
     stop_world()
@@ -161,7 +164,8 @@ def _summary(rows: list[dict[str, Any]], skip: int) -> dict[str, Any]:
 
 
 def _line(cell: dict[str, Any]) -> str:
-    head = f"{cell['size']:<17} {cell['engine']:<21} {cell['linear']:<7}"
+    keys = ("size", "engine", "linear", "backend")
+    head = " ".join(f"{cell[key]:<{len(key) + 6}}" for key in keys)
     if "error" in cell:
         return f"{head} {cell['error'][:150]}"
     mfu = cell.get("mfu_causal")
