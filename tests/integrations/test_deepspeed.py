@@ -28,9 +28,12 @@ PACKED = [0, 5, 12]
 
 def _ulysses(rank, ranks):
     import deepspeed
+    from deepspeed.ops import __compatible_ops__ as available
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     from fa3_train.integrations.deepspeed import UlyssesAttention
 
+    available[ShareMemCommBuilder.NAME] = False  # a shared-memory all-reduce, built for minutes
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     attention = UlyssesAttention(torch.distributed.group.WORLD)
     cu = torch.tensor(PACKED, dtype=torch.int32)
