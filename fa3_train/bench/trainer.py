@@ -164,8 +164,8 @@ def _summary(rows: list[dict[str, Any]], skip: int) -> dict[str, Any]:
 
 
 def _line(cell: dict[str, Any]) -> str:
-    keys = ("size", "engine", "linear", "backend")
-    head = " ".join(f"{cell[key]:<{len(key) + 6}}" for key in keys)
+    columns = {"size": 16, "engine": 20, "linear": 6, "backend": 9}
+    head = " ".join(f"{cell[key]:<{width}}" for key, width in columns.items())
     if "error" in cell:
         return f"{head} {cell['error'][:150]}"
     mfu = cell.get("mfu_causal")
