@@ -40,7 +40,7 @@ __all__ = [
     "step_path",
 ]
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step_(\d{8,})")
 
@@ -98,7 +98,10 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path / MANIFEST}: unreadable: {error}") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         version = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-        raise CheckpointError(f"{path}: format {version!r}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path} was written by another version of fa3_train: its format is {version!r}, "
+            f"this one reads {FORMAT}"
+        )
     try:
         return Manifest(**raw)
     except TypeError as error:

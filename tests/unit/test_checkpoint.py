@@ -104,7 +104,7 @@ TORN = [
     (lose, "rank_00000.pt is missing"),
     (garble, "manifest.json: unreadable"),
     (empty, "no manifest.json"),
-    (older_format, "format 0, this version reads 1"),
+    (older_format, "another version of fa3_train: its format is 0, this one reads 2"),
 ]
 
 
