@@ -38,12 +38,33 @@ def test_one_wheel_for_every_python(wheel):
 
 def test_contents(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for path in ("fa3_train/_lib.py", "fa3_train/ops/attention.py", "fa3_train/bench/__main__.py"):
-        assert path in names
+    for path in (ROOT / "fa3_train").rglob("*.py"):
+        assert path.relative_to(ROOT).as_posix() in names
     for folder, target in (("conf", "fa3_train/conf"), ("recipes", "fa3_train/recipes")):
         for source in (ROOT / folder).rglob("*.yaml"):
             assert f"{target}/{source.relative_to(ROOT / folder)}" in names
     assert not [n for n in names if n.startswith(("tests", "csrc", "conf", "recipes", "docs"))]
+
+
+def test_it_runs_from_any_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = (
+        "import fa3_train.train.compose as c; print(c.conf_dir()); "
+        "from fa3_train.cli import main; main(['recipe=llama3_8b_32k', 'dryrun=true'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(site), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(site / "fa3_train" / "conf"))
+    assert "8,030,261,248" in done.stdout
 
 
 def test_loader_repeats_what_the_build_said(tmp_path, monkeypatch):
