@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import naive_llama as naive
 import pytest
@@ -273,6 +275,64 @@ def test_unusable_transformer_engine_says_why(kind, tmp_path, monkeypatch):
     assert "model.linear" in str(caught.value) and "transformer_engine" in str(caught.value)
     for name in [n for n in sys.modules if n.split(".")[0] == "transformer_engine"]:
         monkeypatch.delitem(sys.modules, name)
+
+
+class _NormLinear(torch.nn.Module):
+    """Parameter names and arithmetic of TransformerEngine's LayerNormLinear and Linear."""
+
+    def __init__(self, inputs, outputs, norm=True, eps=0.0, **options):
+        super().__init__()
+        assert options.pop("bias") is False
+        self.eps = eps
+        if norm:
+            assert options["normalization"] == "RMSNorm"
+            self.layer_norm_weight = torch.nn.Parameter(torch.empty(inputs))
+        self.weight = torch.nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x):
+        if hasattr(self, "layer_norm_weight"):
+            x = naive.rms_norm(x, self.layer_norm_weight, self.eps)
+        return x @ self.weight.T
+
+
+class _NormMLP(torch.nn.Module):
+    """The same for LayerNormMLP."""
+
+    def __init__(self, hidden, ffn, eps, bias, normalization, activation, **options):
+        super().__init__()
+        assert (bias, normalization, activation) == (False, "RMSNorm", "swiglu")
+        self.eps = eps
+        self.layer_norm_weight = torch.nn.Parameter(torch.empty(hidden))
+        self.fc1_weight = torch.nn.Parameter(torch.empty(2 * ffn, hidden))
+        self.fc2_weight = torch.nn.Parameter(torch.empty(hidden, ffn))
+
+    def forward(self, x):
+        x = naive.rms_norm(x, self.layer_norm_weight, self.eps) @ self.fc1_weight.T
+        gate, up = x.chunk(2, -1)
+        return (torch.nn.functional.silu(gate) * up) @ self.fc2_weight.T
+
+
+def test_wiring_of_transformer_engine_modules(monkeypatch, tmp_path):
+    """With stand-ins of the same names: weights of a torch model give the same loss. What the real
+    package computes is tested on a GPU."""
+    from fa3_train.models import hf
+    from fa3_train.modules import te
+
+    fake = SimpleNamespace(
+        LayerNormLinear=_NormLinear, LayerNormMLP=_NormMLP,
+        Linear=functools.partial(_NormLinear, norm=False),
+    )  # fmt: skip
+    monkeypatch.setattr(te, "load", lambda: fake)
+    donor = small(tie_embeddings=False)
+    hf.save_pretrained(donor, tmp_path, dtype=torch.float32)
+    model = TransformerLM(donor.config.replace(linear="te"))
+    # init_weights knows these names as well: matrices that write the residual stream are smaller.
+    mlp = model.layers[0].mlp
+    assert mlp.fc2_weight.std() < 0.7 * mlp.fc1_weight.std()
+    assert (mlp.layer_norm_weight == 1).all()
+    hf.load_weights(model, tmp_path)
+    batch = packed_batch()
+    assert_as_good(run(model, batch), run(donor, batch).double(), what="same")
 
 
 def test_importing_the_model_needs_no_optional_package():
