@@ -1,6 +1,6 @@
 """Step time before and after the attention is swapped, on the same model and data.
 
-    python -m fa3_train.bench swap --framework hf --before sdpa --layers 8 --out docs/results/swap_hf
+    python -m fa3_train.bench swap --framework hf --layers 8 --out docs/results/swap_hf
     python -m fa3_train.bench swap --framework te --out docs/results/swap_te
 
 ``hf``: a Llama-3-8B-shaped transformers model with as many layers as asked for; ``te``: a stack of
