@@ -22,15 +22,6 @@ FA3_DEVICE uint4 load_once(const void* address) {
   return v;
 }
 
-// ld.shared of four floats, in program order with the other shared-memory accesses.
-FA3_DEVICE float4 lds_float4(uint32_t addr) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(addr));
-  return v;
-}
-
 // max.NaN: the larger one, NaN if either is.
 FA3_DEVICE float max_or_nan(float a, float b) {
   float m;
