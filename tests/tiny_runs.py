@@ -67,6 +67,12 @@ def losses(folder: Path) -> dict[int, tuple[float, float]]:
     return {step: (row["loss"], row["grad_norm"]) for step, row in records(folder).items()}
 
 
+def evaluations(folder: Path) -> list[float]:
+    """Validation losses in order."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["val_loss"] for row in rows if row.get("event") == "eval"]
+
+
 def loss_tensor(folder: Path) -> torch.Tensor:
     rows = losses(folder)
     return torch.tensor([rows[step][0] for step in sorted(rows)], dtype=torch.float32)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -327,7 +327,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    kind, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())
     state = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),

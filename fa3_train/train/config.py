@@ -185,6 +185,7 @@ class CheckpointSection:
     async_save: bool = False  # engine=torch: write while the next steps run
     hash: bool = True  # SHA-256 of every file in the manifest, checked when resuming
     save_last: bool = True
+    export_hf: bool = False  # at the end: weights as a Hugging Face folder, <run.dir>/hf
     resume: str = "auto"  # auto | never | path of a checkpoint
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fa3_train.models.hf import load_weights, save_pretrained
 from fa3_train.models.transformer import TransformerLM
 from fa3_train.train.checkpoint import Checkpointer, CheckpointError, Manifest
 from fa3_train.train.config import ConfigError, TrainConfig
@@ -89,7 +90,10 @@ class Trainer:
         model_config = config.model_config()
         model = build_model(config, world)
         self.engine: Engine = create_engine(config, world)
+        on_meta = any(param.is_meta for param in model.parameters())
         self.engine.setup(model)
+        if on_meta:  # the engine has drawn its shards; they are filled in place
+            _load_initial_weights(model, config)
         self.checkpointer = Checkpointer(config, self.engine)
         resumed = self.checkpointer.resume()
         self.step = self._restore(resumed)
@@ -149,6 +153,8 @@ class Trainer:
         if self.step > 0 and (self._stop_agreed or config.checkpoint.save_last):
             self._checkpoint(background=False)
         self._announce(self.checkpointer.finish())
+        if config.checkpoint.export_hf and self.step == config.run.steps:
+            self._export()
 
     def advance(self) -> bool:
         """One step and what the loop does about every step: read statuses, write log lines.
@@ -261,6 +267,13 @@ class Trainer:
             self._announce(self.checkpointer.save(self.step, progress))
         self.meter.restart()
 
+    def _export(self) -> None:
+        """Weights in the names and layout of Hugging Face's Llama; collective."""
+        folder = Path(self.config.run_dir()) / "hf"
+        dtype = torch.float32 if self.config.precision.compute == "fp32" else torch.bfloat16
+        save_pretrained(self.engine.model, folder, dtype=dtype, weight=self.engine.full_weight)
+        self.logger.event("export", step=self.step, path=str(folder))
+
     def _announce(self, path: Path | None) -> None:
         if path is not None:
             self.logger.event("checkpoint", step=int(path.name.split("_")[1]), path=str(path))
@@ -290,11 +303,17 @@ def build_model(config: TrainConfig, world: World) -> nn.Module:
     meta = _born_sharded(config, world)
     with torch.device("meta" if meta else world.device):
         model = TransformerLM(config.model_config())
-    if config.model.init_from:
-        from fa3_train.models.hf import load_hf_weights
-
-        load_hf_weights(model, config.model.init_from)
+    if not meta:
+        _load_initial_weights(model, config)
     return model
+
+
+def _load_initial_weights(model: nn.Module, config: TrainConfig) -> None:
+    if config.model.init_from:
+        try:
+            load_weights(model, config.model.init_from)
+        except ValueError as error:
+            raise ConfigError(f"model.init_from={config.model.init_from}: {error}") from error
 
 
 def _born_sharded(config: TrainConfig, world: World) -> bool:
@@ -308,13 +327,13 @@ def _born_sharded(config: TrainConfig, world: World) -> bool:
     needed = 4 * config.model_config().num_parameters()
     memory = torch.cuda.get_device_properties(world.device).total_memory
     shards = config.engine.name == "torch" and config.engine.strategy == "fsdp2" and world.size > 1
-    if shards and not config.model.init_from and not config.model.tie_embeddings:
-        return needed > memory / 4
+    if shards and not config.model.tie_embeddings:
+        return bool(needed > memory / 4)
     if needed > memory:
         raise ConfigError(
             f"model.name={config.model.name} takes {needed / 1e9:.0f} GB in fp32 and "
-            f"{world.device} has {memory / 1e9:.0f} GB: only engine=fsdp2 on several ranks, "
-            "without model.init_from and model.tie_embeddings, draws weights shard by shard"
+            f"{world.device} has {memory / 1e9:.0f} GB: only engine=fsdp2 on several ranks, with "
+            "model.tie_embeddings=false, makes weights shard by shard"
         )
     return False
 

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny_runs import launch, loss_tensor, losses, torchrun
+import torch
+from tiny_runs import evaluations, launch, loss_tensor, losses, torchrun
 
 from fa3_train.numerics import assert_as_good
 
@@ -19,7 +20,8 @@ RUNS = {
 }
 # bf16 at stage 0 keeps no fp32 master weights in DeepSpeed: other numbers by design.
 BF16 = [name for name in RUNS if name != "zero0"]
-COMMON = ["checkpoint=none", "run.steps=5"]
+EXPORTS = ["ddp", "fsdp2", "zero2", "zero3"]
+COMMON = ["checkpoint=none", "run.steps=5", "checkpoint.export_hf=true"]
 
 pytestmark = pytest.mark.distributed
 
@@ -37,7 +39,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
     bf16 = {f"{name}-bf16": [*RUNS[name], "precision=bf16"] for name in BF16}
     run_all(2, folder, RUNS | bf16)
-    run_all(1, folder, {"one": [], "one-bf16": ["precision=bf16"]})
+    alone = {f"from-{n}": [f"model.init_from={folder / n / 'hf'}"] for n in EXPORTS}
+    run_all(1, folder, {"one": [], "one-bf16": ["precision=bf16"]} | alone)
     return folder
 
 
@@ -54,6 +57,15 @@ def test_bf16(folder, name):
     ours, one = loss_tensor(folder / f"{name}-bf16"), loss_tensor(folder / "one-bf16")
     truth = loss_tensor(folder / "one").double()
     assert_as_good(ours, truth, baseline=one, what="out", name=f"loss of {name} in bf16")
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exported_weights(folder, name):
+    """Gathered from shards into a Hugging Face folder, they have the run's validation loss."""
+    last, first = evaluations(folder / name)[-1], evaluations(folder / f"from-{name}")[0]
+    assert last != evaluations(folder / name)[0]
+    ours, theirs = torch.tensor([first]), torch.tensor([last], dtype=torch.float64)
+    assert_as_good(ours, theirs, what="same", name=f"validation loss from {name}")
 
 
 def test_training_moves_the_loss(folder):

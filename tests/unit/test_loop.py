@@ -9,10 +9,11 @@ import signal
 
 import pytest
 import torch
-from tiny_runs import config, losses
+from tiny_runs import config, evaluations, losses
 
 from fa3_train.train import checkpoint_files as files
 from fa3_train.train import loop
+from fa3_train.train.config import ConfigError
 from fa3_train.train.guard import NonFiniteError
 from fa3_train.train.loop import run, train
 from fa3_train.train.schedule import learning_rate
@@ -242,6 +243,17 @@ def test_evaluation_does_not_disturb_training(tmp_path):
     rows = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     evals = [row["step"] for row in rows if row.get("event") == "eval"]
     assert evals == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_export_starts_another_run(tmp_path):
+    """Hugging Face weights written at the end are the weights that the next run begins with."""
+    train(config(tmp_path / "a", "checkpoint.export_hf=true", "data.kind=random"))
+    hf = tmp_path / "a" / "hf"
+    train(config(tmp_path / "b", f"model.init_from={hf}"))
+    assert evaluations(tmp_path / "b")[0] == evaluations(tmp_path / "a")[-1]
+    assert evaluations(tmp_path / "a")[0] != evaluations(tmp_path / "a")[-1]
+    with pytest.raises(ConfigError, match="model.init_from=.*does not fit the model: missing"):
+        train(config(tmp_path / "c", f"model.init_from={hf}", "model.num_layers=3"))
 
 
 def test_metrics_have_no_gap_after_a_kill(tmp_path):

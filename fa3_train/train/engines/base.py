@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fa3_train.train.config import TrainConfig
 from fa3_train.train.data import Batch
@@ -98,6 +99,10 @@ class Engine(abc.ABC):
     def load(self, folder: Path) -> None:
         """Read what `save` wrote; collective."""
 
+    def full_weight(self, parameter: torch.Tensor) -> torch.Tensor:
+        """The whole of one of `model`'s parameters; collective where it is sharded."""
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
     def rank_state(self) -> dict[str, torch.Tensor]:
         """Small state of this rank alone that `save` leaves out; belongs to the same world size."""
         return {}
@@ -118,13 +123,14 @@ class Engine(abc.ABC):
     # -- shared pieces ---------------------------------------------------------------------
 
     def _call(self, module: nn.Module, batch: Batch) -> torch.Tensor:
-        return module(
+        loss: torch.Tensor = module(
             batch.tokens,
             batch.labels,
             position_ids=batch.position_ids,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
         )
+        return loss
 
     def _reduce(self, status: torch.Tensor) -> None:
         if self.world.size > 1:

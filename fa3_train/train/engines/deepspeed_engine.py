@@ -176,6 +176,12 @@ class DeepSpeedEngine(Engine):
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint under {folder}")
 
+    def full_weight(self, parameter: torch.Tensor) -> torch.Tensor:
+        if self.stage < 3:
+            return parameter
+        with self._ds.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
     def describe(self) -> dict[str, Any]:
         return super().describe() | {
             "zero_stage": self.stage,

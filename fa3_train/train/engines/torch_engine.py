@@ -20,12 +20,12 @@ from __future__ import annotations
 import warnings
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -74,12 +74,12 @@ class TorchEngine(Engine):
             self._shard()
             if on_meta:  # each rank draws its own shards; DTensor makes them parts of one draw
                 self.model.to_empty(device=self.world.device)
-                self.model.init_weights()
+                cast(Any, self.model).init_weights()
             self.masters = [p for p in model.parameters() if p.requires_grad]
         else:
             self._replicate()
         self.named = dict(zip(names, self.masters, strict=True))
-        self.working = [p for p in model.parameters() if p.requires_grad]
+        self.working: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         self._has_copy = self.masters[0] is not self.working[0]
         self.optimizer = GuardedAdamW(
             decay_groups(self.named.items(), self.config.optimizer.weight_decay),
@@ -163,7 +163,7 @@ class TorchEngine(Engine):
             torch._foreach_mul_(gradients, scale)
         self.optimizer.step()
         if self._has_copy:
-            torch._foreach_copy_(self.working, self.masters)
+            torch._foreach_copy_(self.working, list[torch.Tensor](self.masters))
         else:
             self.optimizer.zero_grad(set_to_none=True)
         return status
@@ -221,18 +221,20 @@ class TorchEngine(Engine):
         return sum(t.numel() * t.element_size() for t in self._state().values())
 
     def save(self, folder: Path) -> None:
-        dcp.save(self._state(), checkpoint_id=str(folder))
+        state_dict_saver.save(self._state(), checkpoint_id=str(folder))
 
     def save_async(self, folder: Path) -> Future[Any]:
-        return dcp.async_save(
+        response = state_dict_saver.async_save(
             self._state(), checkpoint_id=str(folder), process_group=self._writers
         )
+        assert isinstance(response, Future)
+        return response
 
     def load(self, folder: Path) -> None:
-        dcp.load(self._state(), checkpoint_id=str(folder))
+        state_dict_loader.load(self._state(), checkpoint_id=str(folder))
         if self._has_copy:
             with torch.no_grad():
-                torch._foreach_copy_(self.working, self.masters)
+                torch._foreach_copy_(self.working, list[torch.Tensor](self.masters))
 
     def rank_state(self) -> dict[str, torch.Tensor]:
         """TransformerEngine's amax histories (te_recipe=delayed): bytes of a size that varies."""

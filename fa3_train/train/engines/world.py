@@ -129,7 +129,7 @@ def start_world(config: TrainConfig) -> World:
         else:  # no launcher, so no address to meet at
             for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
                 os.environ.setdefault(name, value)  # DeepSpeed insists on them
-            store = dist.HashStore()
+            store = torch._C._distributed_c10d.HashStore()
             dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=wait)
     return World(rank=rank, local_rank=local_rank, size=size, device=device)
 
