@@ -23,7 +23,7 @@ train:
 test:
 	@tools/setup.sh $(VENV) dev
 	@$(MAKE) --no-print-directory lint types
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs $(TESTS)
 
 setup:
 	@tools/setup.sh $(VENV) dev

@@ -1,11 +1,14 @@
 """Plots of a finished (or running) run, from its metrics.jsonl: loss.png and throughput.png.
 
-`python -m fa3_train.train.plots runs/quickstart/metrics.jsonl` draws them again.
+    python -m fa3_train.train.plots runs/quickstart/metrics.jsonl               draw them again
+    python -m fa3_train.train.plots runs/quickstart/metrics.jsonl docs/results/quickstart
+        write docs/results/quickstart_loss.png, quickstart_throughput.png and quickstart.json
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,8 +43,11 @@ def read_metrics(path: Path) -> tuple[dict[str, Any], Rows, Rows]:
     return info, steps, evals
 
 
-def draw(path: Path) -> list[Path]:
-    """Draws the plots beside `path`; returns their files. Nothing is drawn without a step."""
+def draw(path: Path, prefix: str | None = None) -> list[Path]:
+    """Draws loss and throughput beside `path`, or as <prefix>_loss.png and so on.
+
+    Returns the files; nothing is drawn without a step.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -66,7 +72,7 @@ def draw(path: Path) -> list[Path]:
         axes.plot(*_column(evals, "val_loss"), marker="o", label="validation")
     axes.set_ylabel("loss, nats per token")
     axes.legend()
-    loss = path.with_name("loss.png")
+    loss = path.with_name("loss.png") if prefix is None else Path(f"{prefix}_loss.png")
     fig.savefig(loss)
 
     fig, axes = figure()
@@ -85,7 +91,7 @@ def draw(path: Path) -> list[Path]:
     axes.plot(*_column(steps, "tokens_per_s"), linewidth=1, color="tab:gray", alpha=0.6)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("tokens / s (grey)" if drawn else "tokens / s")
-    throughput = path.with_name("throughput.png")
+    throughput = loss.with_name(loss.name.replace("loss.png", "throughput.png"))
     fig.savefig(throughput)
     return [loss, throughput]
 
@@ -95,6 +101,42 @@ def _column(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in found], [y for _, y in found]
 
 
-if __name__ == "__main__":
-    for file in draw(Path(sys.argv[1])):
+def digest(path: Path) -> dict[str, Any]:
+    """A run in a page: facts, evaluations, loss of every step, medians of the other columns."""
+    info, steps, evals = read_metrics(path)
+    medians = {}
+    for key in sorted({key for row in steps for key in row} - {"step", "loss", "time", "lr"}):
+        values = _column(steps, key)[1]
+        if values and key not in ("tokens_total", "grad_norm"):
+            medians[key] = statistics.median(values)
+    config = info.pop("config", {})
+    return {
+        "command": f"python -m fa3_train recipe={config.get('recipe')}",
+        "run": {key: value for key, value in info.items() if key not in ("event", "time")},
+        "config": config,
+        "training_s": sum(row["step_ms"] for row in steps) / 1e3,
+        "step_ms_min": min((row["step_ms"] for row in steps), default=None),
+        "medians": medians,
+        "evaluations": [{"step": row["step"], "val_loss": row["val_loss"]} for row in evals],
+        "loss": [row["loss"] for row in steps],
+    }
+
+
+def main(words: list[str]) -> int:
+    """METRICS [PREFIX]; returns the exit code."""
+    if len(words) not in (1, 2):
+        print(__doc__, file=sys.stderr)
+        return 2
+    source = Path(words[0])
+    files = draw(source, words[1] if len(words) == 2 else None)
+    if len(words) == 2:
+        target = Path(f"{words[1]}.json")
+        target.write_text(json.dumps(digest(source), indent=1) + "\n", encoding="utf-8")
+        files.append(target)
+    for file in files:
         print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

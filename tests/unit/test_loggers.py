@@ -300,3 +300,22 @@ def test_tensorboard_reads_back(tmp_path):
     events.Reload()
     assert [(e.step, round(e.value, 4)) for e in events.Scalars("loss")] == [(1, 7.9), (2, 7.8)]
     assert [e.step for e in events.Scalars("val_loss")] == [2]
+
+
+def test_digest_of_a_run(tmp_path, capsys):
+    from fa3_train.train import plots
+
+    logger = RunLogger(config(tmp_path), INFO)
+    logger.event("eval", step=0, val_loss=8.0)
+    logger.log([record(n, step_ms=100.0 * n) for n in (1, 2, 3)])
+    logger.close()
+    source, prefix = tmp_path / "metrics.jsonl", tmp_path / "out"
+    assert plots.main([str(source), str(prefix)]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["training_s"] == pytest.approx(0.6)
+    assert result["medians"]["step_ms"] == 200.0
+    assert result["loss"] == [7.9, 7.8, 7.7]
+    assert result["evaluations"] == [{"step": 0, "val_loss": 8.0}]
+    assert result["command"] == "python -m fa3_train recipe=quickstart"
+    assert (tmp_path / "out_loss.png").exists() and (tmp_path / "out_throughput.png").exists()
+    assert plots.main([]) == 2
