@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "loop": ("fa3_train.bench.loop", "training loop beside a bare PyTorch loop"),
     "trainer": ("fa3_train.bench.trainer", "whole training runs: engines x linears"),
     "kills": ("fa3_train.bench.kills", "kill -9 at random moments, resume, compare"),
+    "layer": ("fa3_train.bench.layer", "a transformer layer beside TransformerEngine's"),
     "swap": ("fa3_train.bench.swap", "a framework's step time before and after the swap"),
     "plot": ("fa3_train.bench.plot", "draw a result file again, on any machine"),
 }
