@@ -1,4 +1,4 @@
-// The small kernels around the backward: bwd_prepare before it; bwd_finish_dq, bwd_round_dkv and bwd_finish_sink
+// The small kernels around the backward: bwd_prepare before it; bwd_finish_dq, bwd_sum_dkv and bwd_finish_sink
 // after it. All are bound by memory traffic, and launched so that their start overlaps the end of the kernel before.
 #pragma once
 #include "attn/bwd_params.cuh"
@@ -13,18 +13,20 @@ struct BwdAroundParams {
   BwdWorkspace work;
   GradTensor out, dout;  // 16-bit inputs (B, Sq, heads_q, head_dim_v)
   GradTensor dq;         // 16-bit, or FP32 to add to (dq_fp32)
-  GradTensor dk, dv;     // bwd_round_dkv: 16-bit outputs
+  GradTensor dk, dv;     // bwd_sum_dkv: 16-bit, or FP32 to add to (dkv_fp32)
   const float* lse;      // (B, H, Sq) or (H, total_q), natural log
   const float* dlse;     // likewise; NULL: none
   const float* sink;     // (heads_q); NULL: none
   float* dsink;
   float* sink_parts;     // [heads_q * row_blocks]: bwd_prepare's sums of exp(sink - lse) * delta, per row block
-  float4* zero;          // workspace that must be zero: FP32 dK and dV, counters; zero_vectors of 16 bytes
+  float4* zero;          // workspace that must be zero (counters): zero_vectors of 16 bytes
   int64_t zero_vectors;
-  const float *dk_sum, *dv_sum;  // bwd_round_dkv: (B, Sk, heads_k, D) contiguous
+  const float *dk_parts, *dv_parts;  // bwd_sum_dkv: [shares](B, Sk, heads_k, D) contiguous
+  int64_t dk_share, dv_share;        // floats of one share
+  int shares;
   int64_t total_q, total_k;      // rows of q and of k: packed totals, dense batch * seqlen
   float lse_factor;              // neg_lse = -lse * lse_factor: 1 / softmax_scale, or log2 e with softcap
-  int dq_fp32;
+  int dq_fp32, dkv_fp32;
 };
 
 // Rows of a query row block: sequence b, block m of it. False: a spare number.
@@ -204,13 +206,16 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_finish_dq(const __grid_con
   else store_rows<Elem, 64>(acc, scale, static_cast<Elem*>(p.dq.ptr) + at, p.dq.stride_token, rows, cols);
 }
 
-// FP32 sums of dK and dV over the heads of a group to 16 bits. A thread takes 8 columns of one row and head.
+// dK and dV of whole groups from the partial sums of their shares, added in order: rounded once, or added to FP32.
+// A thread takes 8 columns of one row and head.
 template <class Elem>
-__global__ void __launch_bounds__(kAroundThreads) bwd_round_dkv(const __grid_constant__ BwdAroundParams p) {
+__global__ void __launch_bounds__(kAroundThreads) bwd_sum_dkv(const __grid_constant__ BwdAroundParams p) {
   grid_dependency_wait();
   const bool is_v = blockIdx.y == 1;
   const int head_dim = is_v ? p.shape.head_dim_v : p.shape.head_dim_qk;
   const GradTensor& dst = is_v ? p.dv : p.dk;
+  const float* const parts = is_v ? p.dv_parts : p.dk_parts;
+  const int64_t share = is_v ? p.dv_share : p.dk_share;
   const int vectors = head_dim / 8;
   const int64_t count = p.total_k * p.shape.heads_k * vectors;
   for (int64_t i = int64_t(blockIdx.x) * kAroundThreads + threadIdx.x; i < count;
@@ -226,13 +231,24 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_round_dkv(const __grid_con
     } else if (token >= __ldg(p.shape.cu_seqlens_k + p.shape.batch)) {
       return;  // rows past the last sequence belong to nobody
     }
-    const float4* const src =
-        reinterpret_cast<const float4*>((is_v ? p.dv_sum : p.dk_sum) + row * head_dim + col);
-    const float4 a = __ldcs(src), c = __ldcs(src + 1);
-    Elem* const at = static_cast<Elem*>(dst.ptr) + batch * dst.stride_batch + in_sequence * dst.stride_token
-                     + head * dst.stride_head + col;
-    *reinterpret_cast<uint4*>(at) = make_uint4(pack2<Elem>(a.x, a.y), pack2<Elem>(a.z, a.w), pack2<Elem>(c.x, c.y),
-                                               pack2<Elem>(c.z, c.w));
+    const float4* src = reinterpret_cast<const float4*>(parts + row * head_dim + col);
+    float4 a = make_float4(0.f, 0.f, 0.f, 0.f), c = a;
+#pragma unroll 4
+    for (int n = 0; n < p.shares; ++n, src += share / 4) {
+      const float4 u = __ldcs(src), v = __ldcs(src + 1);
+      a.x += u.x, a.y += u.y, a.z += u.z, a.w += u.w;
+      c.x += v.x, c.y += v.y, c.z += v.z, c.w += v.w;
+    }
+    const int64_t at = batch * dst.stride_batch + in_sequence * dst.stride_token + head * dst.stride_head + col;
+    if (p.dkv_fp32) {
+      float4* const out = reinterpret_cast<float4*>(static_cast<float*>(dst.ptr) + at);
+      const float4 u = out[0], v = out[1];
+      out[0] = make_float4(u.x + a.x, u.y + a.y, u.z + a.z, u.w + a.w);
+      out[1] = make_float4(v.x + c.x, v.y + c.y, v.z + c.z, v.w + c.w);
+    } else {
+      *reinterpret_cast<uint4*>(static_cast<Elem*>(dst.ptr) + at) =
+          make_uint4(pack2<Elem>(a.x, a.y), pack2<Elem>(a.z, a.w), pack2<Elem>(c.x, c.y), pack2<Elem>(c.z, c.w));
+    }
   }
 }
 

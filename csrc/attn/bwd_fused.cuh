@@ -23,7 +23,8 @@ template <int kHeadDim_, class Elem_, BwdMode kMode>
 struct BwdFusedTraits {
   using Elem = Elem_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kWindow = kMode != kBwdPlain, kPacked = kMode >= kBwdPacked, kSoftcap = kMode == kBwdSoftcap;
+  static constexpr bool kRightBound = kMode >= kBwdCausal, kLeftBound = kMode >= kBwdWindow;
+  static constexpr bool kPacked = kMode >= kBwdPacked, kSoftcap = kMode == kBwdSoftcap;
   // Scores are computed 64 queries at a time: S, dP and their packed copies are 96 registers beside dK and dV. At
   // head dim 64 a step takes two such halves, so that dQ has 64 rows for each warpgroup.
   static constexpr int kHalves = kHeadDim == 64 ? 2 : 1;
@@ -65,6 +66,7 @@ struct BwdFusedTraits {
   };
   static constexpr int kSharedBytes = sizeof(SharedPlan);
   static_assert(kSharedBytes <= kSharedBytesPerBlock, "shared memory of one block");
+  static_assert(64 * kSlabs * kSlabBytes <= kDqBytes, "the dQ buffers also stage dV and dK");
   static_assert(kRegsProducer + kConsumers * kRegsConsumer <= 65536 / 128, "registers of one SM");
 };
 
@@ -72,7 +74,6 @@ struct BwdFusedTraits {
 enum BwdBarrier : int {
   kBarDsWritten = 1,   // both halves of dS are in shared memory
   kBarRowsCleared = 2,  // rows past the end of a packed sequence are zero
-  kBarTurn = 3,        // + g: one warpgroup's ordered adding to dK, dV
 };
 
 template <class T>
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       };
       // The first tile needs no draw; when tiles wait for one another it must not be taken before it can run.
       int next = blockIdx.x, drawn_from = gridDim.x;
-      if (p.deterministic || p.ordered_dkv) {
+      if (p.deterministic) {
         await_prepare();
         drawn_from = 0;
         next = atomicAdd(p.work.tile_counter, 1);
@@ -227,6 +228,23 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
             increment_release(p.work.dq_order + row_block);
           }
         }
+        if (t.staged) {  // dV, then dK, through the same buffers
+#pragma unroll 1
+          for (int i = 0; i < 2; ++i) {
+            for (int g = 0; g < T::kConsumers; ++g) {
+              mbar_wait(bar(plan.dq_full[g]), dq_phase);
+              for (int c = 0; c < T::kSlabs; ++c)
+                tma_store_4d(i == 0 ? &p.dv_map : &p.dk_map, smem_addr(plan.dq[g]) + c * 64 * kSlabBytes, c * kSlabCols,
+                             t.key_row + t.key_block * BLOCK_N + g * 64, t.head_k, t.batch);
+              bulk_commit();
+            }
+            dq_phase ^= 1;
+            bulk_wait_read<1>();
+            mbar_arrive(bar(plan.dq_empty[0]));
+            bulk_wait_read<0>();
+            mbar_arrive(bar(plan.dq_empty[1]));
+          }
+        }
         mbar_arrive(bar(plan.tile_empty[tiles.stage]));
         tiles.advance();
       }
@@ -318,12 +336,19 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
 
   // Scores start at -LSE / scale and dP at -delta, which saves their subtraction; with softcap tanh comes between.
   constexpr int kHalfTile = 64 * kSlabBytes, kHalfRows = 64 * 4;  // bytes from one half to the next: tiles, statistics
-  const auto start_scores = [&](float (&s)[T::kScoreRegs], int stage, int half) {
+  using Columns = float4[T::kScoreRegs / 8];
+  const auto load_lse = [&](Columns& columns, int stage, int half) {
+    if constexpr (!T::kSoftcap) load_columns<T::kScoreRegs>(columns, smem_addr(plan.neg_lse[stage]) + half * kHalfRows);
+  };
+  const auto load_delta = [&](Columns& columns, int stage, int half) {
+    load_columns<T::kScoreRegs>(columns, smem_addr(plan.neg_delta[stage]) + half * kHalfRows);
+  };
+  const auto start_scores = [&](float (&s)[T::kScoreRegs], const Columns& columns) {
     if constexpr (T::kSoftcap) {
 #pragma unroll
       for (int i = 0; i < T::kScoreRegs; ++i) s[i] = 0.f;
     } else {
-      start_at_columns(s, smem_addr(plan.neg_lse[stage]) + half * kHalfRows);
+      spread_columns(s, columns);
     }
   };
   // Finite with softcap, where 1 - x^2 must stay finite too; far enough for exp2 to give 0.
@@ -335,7 +360,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
 #pragma unroll
       for (int i = 0; i < T::kScoreRegs; ++i) s[i] = tanh_approx(s[i] * p.shape.softcap_input);
     }
-    mask_transposed<64, T::kWindow>(s, kHidden, mask, key0, seqlen_k, T::kHalves * m + half);
+    mask_transposed<64, T::kRightBound, T::kLeftBound>(s, kHidden, mask, key0, seqlen_k, T::kHalves * m + half);
     if constexpr (!T::kSoftcap) {
 #pragma unroll
       for (int i = 0; i < T::kScoreRegs; ++i) s[i] = exp2_approx(s[i] * p.shape.scale_log2);
@@ -406,9 +431,6 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         named_sync(kBarRowsCleared, 256);
       }
       clear_query_rows(m);
-      const auto start_dp = [&](int half) {
-        start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage()]) + half * kHalfRows);
-      };
       const auto issue_s = [&](int half) {
         mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes + half * kHalfTile));
       };
@@ -426,10 +448,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       };
       uint32_t p16[T::kScoreRegs / 2], ds16[T::kScoreRegs / 2];
       float dq[T::kDqRegs];
+      Columns lse_columns, delta_columns;
 
-      start_scores(s, q_ring.stage, 0);
-      start_dp(0);
-      pin(s), pin(dp);
+      load_lse(lse_columns, q_ring.stage, 0);
+      load_delta(delta_columns, do_ring.stage(), 0);
+      start_scores(s, lse_columns), pin(s);
+      spread_columns(dp, delta_columns), pin(dp);
       issue_s(0);
       issue_dp(0);
       wgmma_wait<1>(), pin(s);
@@ -467,10 +491,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           arrive(plan.q_empty[q_stage]);
           arrive(plan.k_empty);
         } else {
-          start_dp(0), pin(dp);
+          load_delta(delta_columns, do_ring.stage(), 0);
+          spread_columns(dp, delta_columns), pin(dp);
           wgmma_wait<1>(), pin(dq);
           store_dq(dq);
-          start_scores(s, q_ring.stage, 0), pin(s);
+          load_lse(lse_columns, q_ring.stage, 0);
+          start_scores(s, lse_columns), pin(s);
           issue_s(0);
           issue_dp(0);
           send_dq();  // its proxy fence takes a while: under the MMAs
@@ -487,8 +513,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         mma_grad(dv, p16, descriptor_step(do_cols, do_ring.stage() * T::kQueryTileBytes + half * 4 * kStepMNMajor));
         mma_grad(dk, ds16, descriptor_step(q_cols, q_ring.stage * T::kQueryTileBytes + half * 4 * kStepMNMajor));
       };
-      const auto to_ds = [&](int half) {
-        softmax_backward(s, dp, q_ring.stage, half);
+      const auto to_ds = [&](int q_stage, int half) {
+        softmax_backward(s, dp, q_stage, half);
         pack_all<Elem>(s, p16);
         pack_all<Elem>(dp, ds16);
         store_ds(ds16, ds_stage, half);
@@ -500,9 +526,11 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       };
       // On entry: P of the first half in s, its dP done, dQ of the block before in flight (but for the first block).
       const auto first_half = [&](auto sends) {
-        to_ds(0);
-        start_scores(s, q_ring.stage, 1), pin(s);
-        start_dp(1), pin(dp);
+        load_lse(lse_columns, q_ring.stage, 1);
+        load_delta(delta_columns, do_ring.stage(), 1);
+        to_ds(q_ring.stage, 0);
+        start_scores(s, lse_columns), pin(s);
+        spread_columns(dp, delta_columns), pin(dp);
         issue_s(1);
         issue_half(0);
         issue_dp(1);
@@ -515,16 +543,20 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       };
       const auto second_half = [&](auto is_last) {
         constexpr bool kLast = decltype(is_last)::value;
-        if constexpr (kLast) arrive(plan.v_empty);
-        to_ds(1);
         const int q_stage = q_ring.stage, do_stage = do_ring.stage();
+        if constexpr (kLast) arrive(plan.v_empty);
         const uint64_t do_half = descriptor_step(do_cols, do_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
         const uint64_t q_half = descriptor_step(q_cols, q_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
         next_block();
         if constexpr (!kLast) {
           await_block();
-          start_scores(s, q_ring.stage, 0), pin(s);
-          start_dp(0), pin(dp);
+          load_lse(lse_columns, q_ring.stage, 0);
+          load_delta(delta_columns, do_ring.stage(), 0);
+        }
+        to_ds(q_stage, 1);
+        if constexpr (!kLast) {
+          start_scores(s, lse_columns), pin(s);
+          spread_columns(dp, delta_columns), pin(dp);
           issue_s(0);
         }
         mma_grad(dv, p16, do_half);
@@ -566,19 +598,21 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     }
 
     // A tile that no query sees still has gradients: zeros.
-    int* const turn = p.work.dkv_order + 2 * t.order_slot + g;
-    if (p.ordered_dkv) {
-      if ((reread_thread_index() & 127) == 0) await_turn(turn, t.head_q % (p.shape.heads_q / p.shape.heads_k));
-      named_sync(kBarTurn + g, 128);
+    if (t.staged) {
+      await_dq_buffer();
+      stage_rows<Elem, T::kHeadDim>(dv, 1.f, smem_addr(plan.dq[g]));
+      send_dq();
+      await_dq_buffer();
+      stage_rows<Elem, T::kHeadDim>(dk, p.shape.softmax_scale, smem_addr(plan.dq[g]));
+      send_dq();
+      arrive(plan.tile_empty[tiles.stage()]);
+      tiles.advance();
+      continue;
     }
     const int keys = seqlen_k - key0;
-    emit_gradient<Elem, T::kHeadDim>(dv, 1.f, p.dv, p.dkv_fp32, t, key0, keys, p.shape.head_dim_v);
-    emit_gradient<Elem, T::kHeadDim>(dk, p.shape.softmax_scale, p.dk, p.dkv_fp32, t, key0, keys, p.shape.head_dim_qk);
-    if (p.ordered_dkv) {
-      fence_gpu();
-      named_sync(kBarTurn + g, 128);
-      if ((reread_thread_index() & 127) == 0) increment_release(turn);
-    }
+    emit_gradient<Elem, T::kHeadDim>(dv, 1.f, p.dv, p.dv_share, p.emit_dkv, t, key0, keys, p.shape.head_dim_v);
+    emit_gradient<Elem, T::kHeadDim>(dk, p.shape.softmax_scale, p.dk, p.dk_share, p.emit_dkv, t, key0, keys,
+                                     p.shape.head_dim_qk);
     arrive(plan.tile_empty[tiles.stage()]);
     tiles.advance();
   }

@@ -19,11 +19,13 @@ template <int kDimQK_, int kDimV_, class Elem_, BwdMode kMode>
 struct BwdKeysTraits {
   using Elem = Elem_;
   static constexpr int kDimQK = kDimQK_, kDimV = kDimV_;
-  static constexpr bool kWindow = kMode != kBwdPlain, kPacked = kMode >= kBwdPacked, kSoftcap = kMode == kBwdSoftcap;
-  // Two stages of Q and dO beside K and V: shared memory allows 64 queries at head dim 256, 96 at 192.
-  static constexpr int BLOCK_M = kDimQK == 256 ? 64 : 96, BLOCK_N = 64;
+  static constexpr bool kRightBound = kMode >= kBwdCausal, kLeftBound = kMode >= kBwdWindow;
+  static constexpr bool kPacked = kMode >= kBwdPacked, kSoftcap = kMode == kBwdSoftcap;
+  // Three stages of Q and dO beside K and V. A block of queries is in use for two steps (S runs ahead, dK comes last);
+  // with two stages of 64 the next one came too late.
+  static constexpr int BLOCK_M = kDimQK == 256 ? 48 : kDimV == 192 ? 64 : 80, BLOCK_N = 64;
   static constexpr int kThreads = 384, kRegsProducer = 24, kRegsConsumer = 240;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = 3;
   static constexpr int kSlabsQK = kDimQK / kSlabCols, kSlabsV = kDimV / kSlabCols;
   static constexpr int kScoreRegs = BLOCK_M / 2;
   static constexpr int kQBytes = BLOCK_M * kSlabsQK * kSlabBytes, kDoBytes = BLOCK_M * kSlabsV * kSlabBytes;
@@ -47,7 +49,7 @@ struct BwdKeysTraits {
   static_assert(kSharedBytes <= kSharedBytesPerBlock, "shared memory of one block");
 };
 
-enum BwdKeysBarrier : int { kBarGroupCleared = 1, kBarGroupTurn = 3 };  // + warpgroup - 1
+enum BwdKeysBarrier : int { kBarGroupCleared = 1 };  // + warpgroup - 1
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant__ BwdKernelParams p) {
@@ -187,23 +189,9 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
                                            descriptor_step(b, k * kStepMNMajor));
     wgmma_commit();
   };
-  const auto emit = [&](const KeyTile& t, const float* acc, float factor, const GradTensor& grad, int key0, int keys,
-                        int cols, auto columns) {
-    int* const turn = p.work.dkv_order + 2 * t.order_slot + g;
-    if (p.ordered_dkv) {
-      if ((reread_thread_index() & 127) == 0) await_turn(turn, t.head_q % (p.shape.heads_q / p.shape.heads_k));
-      named_sync(kBarGroupTurn + g, 128);
-    }
-    emit_gradient<Elem, decltype(columns)::value>(acc, factor, grad, p.dkv_fp32, t, key0, keys, cols);
-    if (p.ordered_dkv) {
-      fence_gpu();
-      named_sync(kBarGroupTurn + g, 128);
-      if ((reread_thread_index() & 127) == 0) increment_release(turn);
-    }
-  };
 
-  static_assert(T::kStages == 2, "the math warpgroups' rings");
-  PairRing tiles, q_ring, do_ring;
+  PairRing tiles;
+  Ring<T::kStages> q_ring, do_ring;
   uint32_t key_phase = 0, pass_phase = 0;
 
   if (g == 0) {  // ------------------------------------------------------------------------ values
@@ -225,19 +213,19 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
       if (steps > 0) {
         float s[T::kScoreRegs];
         uint32_t p16[T::kScoreRegs / 2];
-        int m = query_begin, done = 0;
+        int m = query_begin, done = 0, do_stage = 0;
         // Q of block m has arrived: start its scores.
         const auto scores = [&] {
-          mbar_wait(bar(plan.q_full[q_ring.stage()]), q_ring.phase());
-          if (kPacked && m == cut_block) clear(plan.q[q_ring.stage()], T::kSlabsQK, BLOCK_M, seqlen_q % BLOCK_M);
+          mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
+          if (kPacked && m == cut_block) clear(plan.q[q_ring.stage], T::kSlabsQK, BLOCK_M, seqlen_q % BLOCK_M);
           if constexpr (T::kSoftcap) {
 #pragma unroll
             for (int i = 0; i < T::kScoreRegs; ++i) s[i] = 0.f;
           } else {
-            start_at_columns(s, smem_addr(plan.neg_lse[q_ring.stage()]));
+            start_at_columns(s, smem_addr(plan.neg_lse[q_ring.stage]));
           }
           pin(s);
-          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage() * T::kQBytes), Number<T::kDimQK>{});
+          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQBytes), Number<T::kDimQK>{});
         };
         // Scores to P in s; with softcap also P (1 - x^2), the factor of dP, which is what is then passed on.
         float factor[T::kSoftcap ? T::kScoreRegs : 1];
@@ -246,11 +234,11 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
           if constexpr (T::kSoftcap) {
 #pragma unroll
             for (int i = 0; i < T::kScoreRegs; ++i) s[i] = tanh_approx(s[i] * p.shape.softcap_input);
-            mask_transposed<BLOCK_M, T::kWindow>(s, -1e18f, mask, key0, seqlen_k, m);
+            mask_transposed<BLOCK_M, T::kRightBound, T::kLeftBound>(s, -1e18f, mask, key0, seqlen_k, m);
 #pragma unroll
             for (int k = 0; k < T::kScoreRegs / 8; ++k) {
               float neg_lse[8];
-              start_at_columns(neg_lse, smem_addr(plan.neg_lse[q_ring.stage()]) + k * 64);
+              start_at_columns(neg_lse, smem_addr(plan.neg_lse[q_ring.stage]) + k * 64);
 #pragma unroll
               for (int i = 8 * k; i < 8 * k + 8; ++i) {
                 const float x = s[i];
@@ -259,7 +247,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
               }
             }
           } else {
-            mask_transposed<BLOCK_M, T::kWindow>(s, -INFINITY, mask, key0, seqlen_k, m);
+            mask_transposed<BLOCK_M, T::kRightBound, T::kLeftBound>(s, -INFINITY, mask, key0, seqlen_k, m);
 #pragma unroll
             for (int i = 0; i < T::kScoreRegs; ++i) s[i] = exp2_approx(s[i] * p.shape.scale_log2);
           }
@@ -274,7 +262,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         // On entry: P of block m in s, dV of the block before in flight. The next scores run under this block's dV.
         const auto step = [&](auto is_last) {
           wgmma_wait<0>(), pin(dv);
-          if (done > 0) arrive(plan.do_empty[do_ring.stage() ^ 1]);
+          if (done > 0) arrive(plan.do_empty[do_stage]);
           pack_all<Elem>(s, p16);
           mbar_wait(bar(plan.p_empty), pass_phase ^ 1);
           pass_phase ^= 1;
@@ -293,14 +281,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
                      make_uint4(p16[4 * i], p16[4 * i + 1], p16[4 * i + 2], p16[4 * i + 3]));
           }
           arrive(plan.p_full);
-          arrive(plan.q_empty[q_ring.stage()]);  // with softcap, LSE was read after the scores were done
-          const int do_stage = do_ring.stage();
+          arrive(plan.q_empty[q_ring.stage]);  // with softcap, LSE was read after the scores were done
+          do_stage = do_ring.stage;
           const bool cut = kPacked && m == cut_block;
           q_ring.advance();
           if (++m == query_end) m = query_begin;
           if constexpr (!decltype(is_last)::value) scores();
           else arrive(plan.k_empty);
-          mbar_wait(bar(plan.do_full[do_stage]), do_ring.phase());
+          mbar_wait(bar(plan.do_full[do_stage]), do_ring.phase);
           if (cut) clear(plan.dout[do_stage], T::kSlabsV, BLOCK_M, seqlen_q % BLOCK_M);
           do_ring.advance();
           mma_grad(dv, p16, descriptor_step(do_cols, do_stage * T::kDoBytes));
@@ -317,7 +305,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         for (; done < steps - 1; ++done) step(Constant<false>{});
         step(Constant<true>{});
       }
-      emit(t, dv, 1.f, p.dv, key0, seqlen_k - key0, p.shape.head_dim_v, Number<T::kDimV>{});
+      emit_gradient<Elem, T::kDimV>(dv, 1.f, p.dv, p.dv_share, p.emit_dkv, t, key0, seqlen_k - key0,
+                                    p.shape.head_dim_v);
       arrive(plan.tile_empty[tiles.stage()]);
       tiles.advance();
     }
@@ -342,11 +331,11 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         uint32_t ds16[T::kScoreRegs / 2];
         int m = query_begin, done = 0;
         const auto scores = [&] {
-          mbar_wait(bar(plan.do_full[do_ring.stage()]), do_ring.phase());
-          if (kPacked && m == cut_block) clear(plan.dout[do_ring.stage()], T::kSlabsV, BLOCK_M, seqlen_q % BLOCK_M);
-          start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage()]));
+          mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
+          if (kPacked && m == cut_block) clear(plan.dout[do_ring.stage], T::kSlabsV, BLOCK_M, seqlen_q % BLOCK_M);
+          start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage]));
           pin(dp);
-          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage() * T::kDoBytes), Number<T::kDimV>{});
+          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kDoBytes), Number<T::kDimV>{});
         };
         mbar_wait(bar(plan.v_full), key_phase);
         key_phase ^= 1;
@@ -355,7 +344,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         // On entry: dP of block m done or queued before the dK of the block before it.
         wgmma_wait<0>(), pin(dp);
         const auto step = [&](auto is_last) {
-          arrive(plan.do_empty[do_ring.stage()]);
+          arrive(plan.do_empty[do_ring.stage]);
           do_ring.advance();
           mbar_wait(bar(plan.p_full), pass_phase);
           pass_phase ^= 1;
@@ -373,12 +362,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
           arrive(plan.p_empty);
           wgmma_wait<0>(), pin(dk);  // dK of the block before: its dS may go
           if (done > 0) {
-            arrive(plan.q_empty[q_ring.stage()]);
+            arrive(plan.q_empty[q_ring.stage]);
             q_ring.advance();
           }
           pack_all<Elem>(dp, ds16);
-          const int q_stage = q_ring.stage();
-          mbar_wait(bar(plan.q_full[q_stage]), q_ring.phase());  // P came, so it is there, and cleared where it must be
+          const int q_stage = q_ring.stage;
+          mbar_wait(bar(plan.q_full[q_stage]), q_ring.phase);  // P came, so it is there, and cleared where it must be
           if (++m == query_end) m = query_begin;
           if constexpr (!decltype(is_last)::value) scores();
           else arrive(plan.v_empty);
@@ -395,7 +384,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         for (; done < steps - 1; ++done) step(Constant<false>{});
         step(Constant<true>{});
       }
-      emit(t, dk, p.shape.softmax_scale, p.dk, key0, seqlen_k - key0, p.shape.head_dim_qk, Number<T::kDimQK>{});
+      emit_gradient<Elem, T::kDimQK>(dk, p.shape.softmax_scale, p.dk, p.dk_share, p.emit_dkv, t, key0,
+                                     seqlen_k - key0, p.shape.head_dim_qk);
       arrive(plan.tile_empty[tiles.stage()]);
       tiles.advance();
     }

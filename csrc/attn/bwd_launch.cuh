@@ -101,25 +101,29 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   const auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   const auto ints = [base](int64_t offset) { return reinterpret_cast<int*>(base + offset); };
   m.work = {floats(plan.neg_lse), floats(plan.neg_delta), plan.two_pass ? nullptr : floats(plan.dq),
-            ints(plan.tile_counter), ints(plan.dq_order), ints(plan.dkv_order)};
+            ints(plan.tile_counter), ints(plan.dq_order)};
   m.order = plan.order;
   m.query_order = plan.query_order;
   m.heads_per_tile = plan.heads_per_tile;
-  m.ordered_dkv = plan.ordered_dkv;
   m.deterministic = a.deterministic && !plan.two_pass;
-  m.dkv_fp32 = plan.rounded_dkv || a.dk_accum.ptr != nullptr;
-  if (plan.rounded_dkv) {
-    const int64_t k_row = int64_t(a.heads_k) * a.head_dim_qk, v_row = int64_t(a.heads_k) * a.head_dim_v;
-    m.dk = {floats(plan.dk_sum), a.seqlen_k * k_row, k_row, a.head_dim_qk};
-    m.dv = {floats(plan.dv_sum), a.seqlen_k * v_row, v_row, a.head_dim_v};
-  } else {
-    m.dk = grad_tensor(m.dkv_fp32 ? a.dk_accum : a.dk);
-    m.dv = grad_tensor(m.dkv_fp32 ? a.dv_accum : a.dv);
-  }
+  const bool add = a.dk_accum.ptr != nullptr;
+  const GradTensor dk = grad_tensor(add ? a.dk_accum : a.dk), dv = grad_tensor(add ? a.dv_accum : a.dv);
+  const int64_t total_k = packed ? a.total_k : int64_t(a.batch) * a.seqlen_k;
+  const int64_t k_row = int64_t(a.heads_k) * a.head_dim_qk, v_row = int64_t(a.heads_k) * a.head_dim_v;
+  m.emit_dkv = plan.shares > 1 ? kEmitPartial : add ? kEmitAdded : kEmitRounded;
+  m.dk = plan.shares > 1 ? GradTensor{floats(plan.dk_parts), a.seqlen_k * k_row, k_row, a.head_dim_qk} : dk;
+  m.dv = plan.shares > 1 ? GradTensor{floats(plan.dv_parts), a.seqlen_k * v_row, v_row, a.head_dim_v} : dv;
+  m.dk_share = total_k * k_row;
+  m.dv_share = total_k * v_row;
   m.dq_fp32 = a.dq_accum.ptr != nullptr;
   m.dq = grad_tensor(m.dq_fp32 ? a.dq_accum : a.dq);
 
   FA3_TRY(encode_maps(call, plan.blocks, &m));
+  if (!plan.two_pass && m.emit_dkv == kEmitRounded) {
+    const int64_t batch = packed ? 1 : a.batch, tokens = packed ? a.total_k : a.seqlen_k;
+    FA3_TRY(encode_token_map(&m.dk_map, "dk", a.dk, a.dtype, a.head_dim_qk, tokens, a.heads_k, batch, 64, base));
+    FA3_TRY(encode_token_map(&m.dv_map, "dv", a.dv, a.dtype, a.head_dim_v, tokens, a.heads_k, batch, 64, base));
+  }
 
   r.shape = s;
   r.work = m.work;
@@ -127,8 +131,14 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   r.dout = grad_tensor(a.dout);
   r.dq = m.dq;
   r.dq_fp32 = m.dq_fp32;
-  r.dk = grad_tensor(a.dk);
-  r.dv = grad_tensor(a.dv);
+  r.dk = dk;
+  r.dv = dv;
+  r.dkv_fp32 = add;
+  r.dk_parts = floats(plan.dk_parts);
+  r.dv_parts = floats(plan.dv_parts);
+  r.dk_share = m.dk_share;
+  r.dv_share = m.dv_share;
+  r.shares = plan.shares;
   r.lse = a.lse;
   r.dlse = a.dlse;
   r.sink = a.sink;
@@ -136,10 +146,8 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   r.sink_parts = floats(plan.sink_parts);
   r.zero = reinterpret_cast<float4*>(base + plan.zero);
   r.zero_vectors = plan.zero_bytes / 16;
-  r.dk_sum = floats(plan.dk_sum);
-  r.dv_sum = floats(plan.dv_sum);
   r.total_q = packed ? a.total_q : int64_t(a.batch) * a.seqlen_q;
-  r.total_k = packed ? a.total_k : int64_t(a.batch) * a.seqlen_k;
+  r.total_k = total_k;
   r.lse_factor = a.softcap > 0.f ? kLog2E : 1.f / a.softmax_scale;
   return FA3_OK;
 }
@@ -148,12 +156,12 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
 template <class Elem, int BLOCK_M>
 int finish_launch(const BwdCall& call, const BwdLaunch& launch) {
   const fa3_attn_bwd_params& a = *call.params;
-  if (call.plan.rounded_dkv) {
+  if (call.plan.shares > 1) {
     const int64_t vectors = launch.around.total_k * a.heads_k * (a.head_dim_qk / 8);
     const int64_t blocks = (vectors + kAroundThreads - 1) / kAroundThreads;
     const int64_t most = int64_t(call.sm_count) * 16;
-    FA3_TRY(launch_kernel(bwd_round_dkv<Elem>, launch.around, dim3(unsigned(blocks < most ? blocks : most), 2),
-                          kAroundThreads, 0, launch.stream, true, "bwd_round_dkv"));
+    FA3_TRY(launch_kernel(bwd_sum_dkv<Elem>, launch.around, dim3(unsigned(blocks < most ? blocks : most), 2),
+                          kAroundThreads, 0, launch.stream, true, "bwd_sum_dkv"));
   }
   if (a.sink != nullptr)
     FA3_TRY(launch_kernel(bwd_finish_sink<BLOCK_M>, launch.around, dim3(a.heads_q), kAroundThreads, 0, launch.stream,
@@ -168,8 +176,10 @@ inline dim3 prepare_grid(const BwdLaunch& launch) {
 }
 
 inline BwdMode mode_of(const BwdCall& call) {
-  return call.params->softcap > 0.f ? kBwdSoftcap : call.params->cu_seqlens_q ? kBwdPacked
-       : call.plan.window           ? kBwdWindow  : kBwdPlain;
+  if (call.params->softcap > 0.f) return kBwdSoftcap;
+  if (call.params->cu_seqlens_q != nullptr) return kBwdPacked;
+  if (call.plan.window_left != kUnbounded) return kBwdWindow;
+  return call.plan.window ? kBwdCausal : kBwdPlain;
 }
 
 template <class T>
@@ -197,6 +207,7 @@ int launch_bwd_fused(const BwdCall& call) {
                         prepare_grid(launch), kAroundThreads, 0, launch.stream, false, "bwd_prepare"));
   switch (mode_of(call)) {
     case kBwdPlain: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdPlain>(call, launch))); break;
+    case kBwdCausal: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdCausal>(call, launch))); break;
     case kBwdWindow: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdWindow>(call, launch))); break;
     case kBwdPacked: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdPacked>(call, launch))); break;
     case kBwdSoftcap: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdSoftcap>(call, launch))); break;
@@ -226,6 +237,7 @@ int launch_bwd_two_pass(const BwdCall& call) {
                         prepare_grid(launch), kAroundThreads, 0, launch.stream, false, "bwd_prepare"));
   switch (mode_of(call)) {
     case kBwdPlain: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdPlain>(call, launch))); break;
+    case kBwdCausal: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdCausal>(call, launch))); break;
     case kBwdWindow: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdWindow>(call, launch))); break;
     case kBwdPacked: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdPacked>(call, launch))); break;
     case kBwdSoftcap: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdSoftcap>(call, launch))); break;

@@ -10,9 +10,17 @@ namespace fa3 {
 // with the packed code in it, the plain loop at head dim 128 was 6 % slower.
 enum BwdMode : int {
   kBwdPlain,    // dense, no bound
-  kBwdWindow,   // dense, causal or a window
+  kBwdCausal,   // dense, a right bound
+  kBwdWindow,   // dense, both bounds
   kBwdPacked,   // packed sequences
   kBwdSoftcap,
+};
+
+// Where dK and dV of a tile go.
+enum BwdEmit : int {
+  kEmitRounded,  // 16 bits
+  kEmitAdded,    // added to the caller's FP32; each element by one thread block
+  kEmitPartial,  // FP32 sums over a share of the group's heads; bwd_sum_dkv adds the shares
 };
 
 // One output with its strides. 16-bit or FP32 as its user says.
@@ -42,20 +50,22 @@ struct BwdWorkspace {
   float* dq;         // [heads_q * row_blocks][fragment order], zeroed by bwd_prepare; NULL in the two-pass kernels
   int* tile_counter;  // [2]: key tiles, query tiles
   int* dq_order;   // [heads_q * row_blocks]: key tiles added so far, deterministic only
-  int* dkv_order;  // [2 * tiles of one query-head share]: heads of the group added so far, see BwdKernelParams
 };
 
 struct BwdKernelParams {
   CUtensorMap q, k, v, dout;  // {head dim, tokens, heads, batch}; packed: batch 1
+  CUtensorMap dk_map, dv_map;  // likewise, 64 rows a box; bwd_fused with kEmitRounded only
   BwdShape shape;
   BwdWorkspace work;
   TileOrder order;        // of key tiles
   TileOrder query_order;  // two-pass kernels: of query tiles
-  GradTensor dk, dv;    // (B, Sk, heads_k, D): 16-bit, or FP32 to add to (dkv_fp32)
+  // (B, Sk, heads_k, D): 16-bit; FP32 to add to; or FP32 partial sums, one tensor per share of the group.
+  GradTensor dk, dv;
+  int64_t dk_share, dv_share;  // floats from one share's partial sums to the next
   GradTensor dq;        // two-pass kernels only: 16-bit, or FP32 to add to (dq_fp32)
-  int heads_per_tile;   // query heads one CTA loops over: the whole group, or 1
-  int dkv_fp32, dq_fp32;
-  int ordered_dkv;      // several CTAs add to the same dK and dV: in order of their heads
+  int heads_per_tile;   // query heads one CTA loops over: the whole group, or a share of it
+  BwdEmit emit_dkv;
+  int dq_fp32;
   int deterministic;    // dQ is added in tile order
 };
 
@@ -71,7 +81,8 @@ struct alignas(16) KeyTile {
   int key_row;
   int row_block;    // first row block of the sequence
   int seqlen_q, seqlen_k;
-  int order_slot;   // of dkv_order
+  int share;        // which share of its group the heads are
+  int staged;       // dK and dV go through shared memory and TMA, which clips at the end of the tensor alone
   int steps;        // (query head, query block) pairs
 };
 

@@ -52,9 +52,9 @@ constexpr Bucket kBuckets[] = {
     {64, 64, false, {128, 128}},
     {96, 96, false, {64, 128}},
     {128, 128, false, {64, 128}},
-    {192, 128, true, {96, 64}},
-    {192, 192, true, {96, 64}},
-    {256, 256, true, {64, 64}},
+    {192, 128, true, {80, 64}},
+    {192, 192, true, {64, 64}},
+    {256, 256, true, {48, 64}},
 };
 
 }  // namespace
@@ -85,21 +85,22 @@ int plan_bwd(const char* f, const fa3_attn_bwd_params& a, int sm_count, BwdPlan*
   const int key_blocks = packed ? packed_blocks(a.total_k, a.batch, block_n) : ceil_div(a.seqlen_k, block_n);
   const int batch_tiles = packed ? key_blocks : key_blocks * a.batch;
 
-  // Dividing a group over thread blocks costs FP32 sums in global memory, and pays where whole groups are too few
-  // to fill the GPU evenly.
+  // A thread block per whole group loads K and V once and writes dK and dV once, but where there are few groups the
+  // last thread blocks run alone. Then a group is divided into the fewest shares that give enough tiles.
   constexpr int kTilesPerSM = 3;
   const int group = a.heads_q / a.heads_k;
-  const bool head_by_head =
-      a.options ? a.options == kBwdHeadByHead : int64_t(batch_tiles) * a.heads_k < int64_t(kTilesPerSM) * sm_count;
-  p.heads_per_tile = head_by_head ? 1 : group;
-  p.ordered_dkv = p.heads_per_tile != group;
-  p.rounded_dkv = p.ordered_dkv && a.dk_accum.ptr == nullptr;
+  p.shares = a.options == kBwdHeadByHead ? group : 1;
+  if (a.options == 0)
+    while (p.shares < group && int64_t(batch_tiles) * a.heads_k * p.shares < int64_t(kTilesPerSM) * sm_count)
+      do ++p.shares;
+      while (group % p.shares != 0);
+  p.heads_per_tile = group / p.shares;
 
   // Heads whose Q, dO and dQ sums share L2. Without a window all tiles are equally long, and one head at a time
   // keeps the fewest bytes in use.
   constexpr int64_t kSectionBytes = int64_t(40) << 20;
-  const int shares = a.heads_q / p.heads_per_tile;
-  p.order.num_heads = packed ? shares : shares * a.batch;
+  const int shares_of_heads = a.heads_q / p.heads_per_tile;
+  p.order.num_heads = packed ? shares_of_heads : shares_of_heads * a.batch;
   p.order.num_key_blocks = key_blocks;
   p.order.section = 1;
   const int64_t head_bytes = int64_t(a.seqlen_q) * (6 * p.head_dim_qk + 2 * p.head_dim_v);
@@ -136,13 +137,12 @@ int plan_bwd(const char* f, const fa3_attn_bwd_params& a, int sm_count, BwdPlan*
   p.neg_lse = take(rows * block_m * 4);
   p.neg_delta = take(rows * block_m * 4);
   p.sink_parts = take(a.sink != nullptr ? rows * 4 : 0);
+  const int64_t key_rows = (packed ? int64_t(a.total_k) : int64_t(a.batch) * a.seqlen_k) * a.heads_k;
+  p.dk_parts = take(p.shares > 1 ? p.shares * key_rows * a.head_dim_qk * 4 : 0);
+  p.dv_parts = take(p.shares > 1 ? p.shares * key_rows * a.head_dim_v * 4 : 0);
   p.zero = at;
   p.tile_counter = take(2 * sizeof(int));
   p.dq_order = take(a.deterministic && !p.two_pass ? rows * 4 : 0);
-  p.dkv_order = take(p.ordered_dkv ? int64_t(2) * batch_tiles * a.heads_k * 4 : 0);
-  const int64_t key_rows = (packed ? int64_t(a.total_k) : int64_t(a.batch) * a.seqlen_k) * a.heads_k;
-  p.dk_sum = take(p.rounded_dkv ? key_rows * a.head_dim_qk * 4 : 0);
-  p.dv_sum = take(p.rounded_dkv ? key_rows * a.head_dim_v * 4 : 0);
   p.zero_bytes = at - p.zero;
   p.bytes = at;
   *plan = p;

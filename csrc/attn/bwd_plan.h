@@ -18,16 +18,16 @@ struct BwdPlan {
   BlockShape blocks;
   bool window;     // a bound that can hide something
   int window_left, window_right;  // kUnbounded where it cannot
-  // Who sums dK and dV over the query heads of a group.
-  int heads_per_tile;
-  bool ordered_dkv;   // several thread blocks add to FP32, in order
-  bool rounded_dkv;   // ... in the workspace, and bwd_round_dkv rounds
+  // Query heads of a group that one thread block loops over, and how many such shares a group has. More than one
+  // share: FP32 partial sums in the workspace, which bwd_sum_dkv adds up.
+  int heads_per_tile, shares;
   int row_blocks;
   TileOrder order;        // key tiles
   TileOrder query_order;  // query tiles of the second pass
   // Workspace: byte offsets. [zero, zero + zero_bytes) must be zero when the main kernel starts.
   int64_t dq, neg_lse, neg_delta, sink_parts;
-  int64_t zero, tile_counter, dq_order, dkv_order, dk_sum, dv_sum;
+  int64_t dk_parts, dv_parts;
+  int64_t zero, tile_counter, dq_order;
   int64_t zero_bytes, bytes;
 };
 

@@ -20,7 +20,8 @@ template <int kDimQK_, int kDimV_, int kStatRows_, class Elem_, BwdMode kMode>
 struct BwdQueriesTraits {
   using Elem = Elem_;
   static constexpr int kDimQK = kDimQK_, kDimV = kDimV_;
-  static constexpr bool kWindow = kMode != kBwdPlain, kPacked = kMode >= kBwdPacked, kSoftcap = kMode == kBwdSoftcap;
+  static constexpr bool kRightBound = kMode >= kBwdCausal, kLeftBound = kMode >= kBwdWindow;
+  static constexpr bool kPacked = kMode >= kBwdPacked, kSoftcap = kMode == kBwdSoftcap;
   static constexpr int kStatRows = kStatRows_;  // rows of a block of statistics, that of bwd_keys
   // S, dP and dS beside dQ: 208 registers.
   static constexpr int BLOCK_M = 128, BLOCK_N = kDimQK == 256 ? 64 : 80;
@@ -47,14 +48,14 @@ struct BwdQueriesTraits {
 };
 
 // Keys [.., seqlen_k) and the window, for a tile of 64 queries x BLOCK_N keys.
-template <int BLOCK_N, bool kWindow>
+template <int BLOCK_N, bool kRight, bool kLeft>
 FA3_DEVICE void mask_rows(float (&s)[BLOCK_N / 2], float hidden, Mask mask, int query0, int key0, int seqlen_k) {
   const int quad2 = 2 * (threadIdx.x & 3), query = query0 + acc_row(threadIdx.x & 127, 0);
   const bool tail = key0 + BLOCK_N > seqlen_k;
-  if (tail || (kWindow && key0 + BLOCK_N - 1 > query0 + mask.shift + mask.right)) {
+  if (tail || (kRight && key0 + BLOCK_N - 1 > query0 + mask.shift + mask.right)) {
     const int end = seqlen_k - 1 - key0 - quad2;
-    const int reach = kWindow ? query + mask.shift + mask.right - key0 - quad2 : end;
-    const int hi0 = reach < end ? reach : end, hi1 = kWindow && reach + 8 < end ? reach + 8 : end;
+    const int reach = kRight ? query + mask.shift + mask.right - key0 - quad2 : end;
+    const int hi0 = reach < end ? reach : end, hi1 = kRight && reach + 8 < end ? reach + 8 : end;
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 8; ++i) {
       if (8 * i + 0 > hi0) s[4 * i + 0] = hidden;
@@ -63,7 +64,7 @@ FA3_DEVICE void mask_rows(float (&s)[BLOCK_N / 2], float hidden, Mask mask, int 
       if (8 * i + 1 > hi1) s[4 * i + 3] = hidden;
     }
   }
-  if (kWindow && key0 < query0 + kWarpgroupRows - 1 + mask.shift - mask.left) {
+  if (kLeft && key0 < query0 + kWarpgroupRows - 1 + mask.shift - mask.left) {
     const int lo0 = query + mask.shift - mask.left - key0 - quad2, lo1 = lo0 + 8;
 #pragma unroll
     for (int i = 0; i < BLOCK_N / 8; ++i) {
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
 #pragma unroll
           for (int i = 0; i < T::kScoreRegs; ++i) s[i] = tanh_approx(s[i] * p.shape.softcap_input);
         }
-        mask_rows<BLOCK_N, T::kWindow>(s, T::kSoftcap ? -1e18f : -INFINITY, mask, query0, n * BLOCK_N, seqlen_k);
+        mask_rows<BLOCK_N, T::kRightBound, T::kLeftBound>(s, T::kSoftcap ? -1e18f : -INFINITY, mask, query0, n * BLOCK_N, seqlen_k);
 #pragma unroll
         for (int i = 0; i < T::kScoreRegs; ++i) {
           const float x = s[i];

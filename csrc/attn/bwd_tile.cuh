@@ -52,11 +52,10 @@ FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
     return;
   }
   const TileName name = tile_name(p.order, index);
-  int share = name.head, key_block = name.key_block, slot = name.key_block;
+  int share = name.head, key_block = name.key_block;
   if (!kPacked || s.cu_seqlens_q == nullptr) {
     const int shares = s.heads_q / p.heads_per_tile, b = share / shares;
     share -= b * shares;
-    slot += b * p.order.num_key_blocks;
     t.batch = b;
     t.query_row = t.key_row = 0;
     t.seqlen_q = s.seqlen_q;
@@ -82,8 +81,9 @@ FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
   t.key_block = key_block;
   t.head_q = head_q;
   t.head_k = head_k;
-  t.order_slot = slot * s.heads_k + head_k;
+  t.share = (head_q - head_k * (s.heads_q / s.heads_k)) / p.heads_per_tile;
   const int seqlen_q = t.seqlen_q, seqlen_k = t.seqlen_k;
+  t.staged = p.emit_dkv == kEmitRounded && (!kPacked || s.cu_seqlens_k == nullptr || (key_block + 1) * BLOCK_N <= seqlen_k);
   const Mask mask{seqlen_k - seqlen_q, s.window_left, s.window_right};
   const BlockRange range = key_block * BLOCK_N < seqlen_k
       ? query_blocks({BLOCK_M, BLOCK_N}, mask, key_block, ceil_div(seqlen_q, BLOCK_M))
@@ -161,24 +161,34 @@ struct QueryWalk {
   }
 };
 
-// Accumulators of a transposed score tile start at a statistic of their column (statistics_slot order).
+// Statistics of the columns of a transposed score tile (statistics_slot order), four per 16 columns and thread; and
+// accumulators that start at them. Apart, because the loads take long while wgmma reads shared memory.
 template <int N>
-FA3_DEVICE void start_at_columns(float (&acc)[N], uint32_t statistics) {
+FA3_DEVICE void load_columns(float4 (&columns)[N / 8], uint32_t statistics) {
   const int quad = threadIdx.x & 3;
 #pragma unroll
-  for (int k = 0; k < N / 8; ++k) {  // 16 columns
-    const float2 near = lds_float2(statistics + k * 64 + quad * 16);
-    const float2 far = lds_float2(statistics + k * 64 + quad * 16 + 8);
-    acc[8 * k + 0] = acc[8 * k + 2] = near.x;
-    acc[8 * k + 1] = acc[8 * k + 3] = near.y;
-    acc[8 * k + 4] = acc[8 * k + 6] = far.x;
-    acc[8 * k + 5] = acc[8 * k + 7] = far.y;
+  for (int k = 0; k < N / 8; ++k) columns[k] = lds_float4(statistics + k * 64 + quad * 16);
+}
+template <int N>
+FA3_DEVICE void spread_columns(float (&acc)[N], const float4 (&columns)[N / 8]) {
+#pragma unroll
+  for (int k = 0; k < N / 8; ++k) {
+    acc[8 * k + 0] = acc[8 * k + 2] = columns[k].x;
+    acc[8 * k + 1] = acc[8 * k + 3] = columns[k].y;
+    acc[8 * k + 4] = acc[8 * k + 6] = columns[k].z;
+    acc[8 * k + 5] = acc[8 * k + 7] = columns[k].w;
   }
+}
+template <int N>
+FA3_DEVICE void start_at_columns(float (&acc)[N], uint32_t statistics) {
+  float4 columns[N / 8];
+  load_columns<N>(columns, statistics);
+  spread_columns(acc, columns);
 }
 
 // Hides pairs of a transposed score tile (rows: 64 keys from key0, columns: query block m). Only tiles that a
 // bound or the end of the keys cuts are looked at.
-template <int BLOCK_M, bool kWindow>
+template <int BLOCK_M, bool kRight, bool kLeft>
 FA3_DEVICE void mask_transposed(float (&s)[BLOCK_M / 2], float hidden, Mask mask, int key0, int seqlen_k, int m) {
   constexpr int kAlways = 1 << 30;
   const int quad2 = 2 * (threadIdx.x & 3), row = acc_row(threadIdx.x & 127, 0);
@@ -186,10 +196,10 @@ FA3_DEVICE void mask_transposed(float (&s)[BLOCK_M / 2], float hidden, Mask mask
   const BlockShape one{BLOCK_M, kWarpgroupRows};
   const bool tail = key0 + kWarpgroupRows > seqlen_k;
   // key <= query + shift + right  <=>  column >= key - shift - right - query0
-  if (tail || (kWindow && key0 + one.block_n - 1 > query0 + mask.shift + mask.right)) {
-    const int first = kWindow ? key0 + row - mask.shift - mask.right - query0 : -kAlways;
+  if (tail || (kRight && key0 + one.block_n - 1 > query0 + mask.shift + mask.right)) {
+    const int first = kRight ? key0 + row - mask.shift - mask.right - query0 : -kAlways;
     const int lo0 = (key0 + row < seqlen_k ? first : kAlways) - quad2;
-    const int lo1 = (key0 + row + 8 < seqlen_k ? first + (kWindow ? 8 : 0) : kAlways) - quad2;
+    const int lo1 = (key0 + row + 8 < seqlen_k ? first + (kRight ? 8 : 0) : kAlways) - quad2;
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 8; ++i) {
       if (8 * i + 0 < lo0) s[4 * i + 0] = hidden;
@@ -199,7 +209,7 @@ FA3_DEVICE void mask_transposed(float (&s)[BLOCK_M / 2], float hidden, Mask mask
     }
   }
   // key >= query + shift - left  <=>  column <= key - shift + left - query0
-  if (kWindow && key0 < query0 + BLOCK_M - 1 + mask.shift - mask.left) {
+  if (kLeft && key0 < query0 + BLOCK_M - 1 + mask.shift - mask.left) {
     const int hi0 = key0 + row - mask.shift + mask.left - query0 - quad2, hi1 = hi0 + 8;
 #pragma unroll
     for (int i = 0; i < BLOCK_M / 8; ++i) {
@@ -283,14 +293,48 @@ FA3_DEVICE void add_rows(const float* acc, float factor, float* dst, int64_t str
   }
 }
 
-// dK or dV of `rows` keys from token key0 on, to where the call wants them.
+// 64 x N accumulators, times `factor`, into a swizzled 16-bit tile in shared memory: [N / 64 slabs][64 rows].
 template <class Elem, int N>
-FA3_DEVICE void emit_gradient(const float* acc, float factor, const GradTensor& g, int fp32, const KeyTile& t,
-                              int key0, int rows, int cols) {
+FA3_DEVICE void stage_rows(const float* acc, float factor, uint32_t tile) {
+  const int thread = reread_thread_index() & 127, row = stmatrix_row(thread);
+#pragma unroll
+  for (int j = 0; j < N / 16; ++j) {
+    const float* c = acc + 8 * j;
+    const int chunk = stmatrix_chunk(thread, j % 4);
+    stmatrix_x4(tile + j / 4 * 64 * kSlabBytes + row * kSlabBytes + ((chunk ^ (row & 7)) << 4),
+                pack2<Elem>(c[0] * factor, c[1] * factor), pack2<Elem>(c[2] * factor, c[3] * factor),
+                pack2<Elem>(c[4] * factor, c[5] * factor), pack2<Elem>(c[6] * factor, c[7] * factor));
+  }
+}
+
+// Partial sums: plain FP32 stores.
+template <int N>
+FA3_DEVICE void store_rows_fp32(const float* acc, float factor, float* dst, int64_t stride, int rows, int cols) {
+  const int thread = reread_thread_index() & 127, row = acc_row(thread, 0);
+#pragma unroll
+  for (int i = 0; i < N / 8; ++i) {
+    const float* c = acc + 4 * i;
+    float* const at = dst + row * stride + 8 * i + 2 * (thread & 3);
+    if (8 * i < cols) {
+      if (row < rows) *reinterpret_cast<float2*>(at) = make_float2(c[0] * factor, c[1] * factor);
+      if (row + 8 < rows) *reinterpret_cast<float2*>(at + 8 * stride) = make_float2(c[2] * factor, c[3] * factor);
+    }
+  }
+}
+
+// dK or dV of `rows` keys from key0 of the tile's sequence on.
+template <class Elem, int N>
+FA3_DEVICE void emit_gradient(const float* acc, float factor, const GradTensor& g, int64_t share_stride, BwdEmit emit,
+                              const KeyTile& t, int key0, int rows, int cols) {
   const int64_t at = t.batch * g.stride_batch + int64_t(t.key_row + key0) * g.stride_token
                      + t.head_k * g.stride_head;
-  if (fp32) add_rows<N>(acc, factor, static_cast<float*>(g.ptr) + at, g.stride_token, rows, cols);
-  else store_rows<Elem, N>(acc, factor, static_cast<Elem*>(g.ptr) + at, g.stride_token, rows, cols);
+  if (emit == kEmitRounded)
+    store_rows<Elem, N>(acc, factor, static_cast<Elem*>(g.ptr) + at, g.stride_token, rows, cols);
+  else if (emit == kEmitAdded)
+    add_rows<N>(acc, factor, static_cast<float*>(g.ptr) + at, g.stride_token, rows, cols);
+  else
+    store_rows_fp32<N>(acc, factor, static_cast<float*>(g.ptr) + at + t.share * share_stride, g.stride_token, rows,
+                       cols);
 }
 
 // In-order adding by several thread blocks: `turn` counts those that are done.
