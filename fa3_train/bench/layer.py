@@ -10,9 +10,9 @@ bf16, FP8 linears, FP8 linears with FP8 attention on both sides.
 our bf16 and our FP8 attention at 8k to 128k tokens, forward (the table that FlashAttention-3's
 authors gave their reviewers) and training step.
 
-Sizes are one rank's share: ``8b`` is Llama-3-8B whole, ``70b-tp8`` and ``405b-tp8`` have an eighth of
-heads and FFN columns over the full hidden size. Without the tensor-parallel all-reduce, which both
-sides would pay alike. FLOPs: 2 per multiply-add of every linear, attention counted causal
+Sizes are one rank's share: ``8b`` is Llama-3-8B whole; ``70b-tp8`` and ``405b-tp8`` have an eighth
+of heads and FFN columns over the full hidden size, without the tensor-parallel all-reduce, which
+both sides would pay alike. FLOPs: 2 per multiply-add of every linear, attention counted causal
 (half), backward twice the forward. Every round runs each competitor once, on fresh events.
 """
 
