@@ -247,8 +247,9 @@ def find_library() -> Path:
     if os.environ.get(ENV_VARIABLE):
         raise LibraryNotFound(f"{ENV_VARIABLE}={tried} is not a file")
     raise LibraryNotFound(
-        f"the compiled kernels ({LIBRARY_NAME}) are not at any of: {tried}.{_build_note()} Build them with "
-        "`cmake -B build && cmake --build build` in a source checkout or `pip install .` where "
+        f"the compiled kernels ({LIBRARY_NAME}) are not at any of: {tried}."
+        f"{_build_note()} Build them with `cmake -B build && cmake --build build` in a source "
+        "checkout or `pip install .` where "
         f"nvcc is found (a CUDA 13 toolkit, or the `build` extra), or set {ENV_VARIABLE} to a "
         "built library. Without them, backend='sdpa' and backend='reference' still work."
     )

@@ -16,7 +16,7 @@ scales per head.)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,13 +45,17 @@ class _Call(NamedTuple):
     backend: str
 
 
-def _positions(position_ids: Tensor | None, cu_seqlens: Tensor | None, interleaved: bool) -> dict:
+def _positions(
+    position_ids: Tensor | None, cu_seqlens: Tensor | None, interleaved: bool
+) -> dict[str, Any]:
     return {
         "position_ids": position_ids, "cu_seqlens": cu_seqlens, "interleaved": interleaved,
     }  # fmt: skip
 
 
-def _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call):
+def _quantize(
+    q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Codes and descales of q, k, v: in one pass where q and k are laid out alike."""
     if call.backend == "reference":
         where = _positions(position_ids, cu_q, call.interleaved)
@@ -131,6 +135,9 @@ class _AttentionFp8(torch.autograd.Function):
         q8, k8, v8, sq, sk, sv, out, lse, cos, sin, signs, position_ids, cu_q, cu_k = (
             ctx.saved_tensors
         )
+        q: Any
+        k: Any
+        v: Any
         call, dtype = ctx.call, out.dtype
         if dout is None:
             dout = torch.zeros_like(out)

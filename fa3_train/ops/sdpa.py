@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,9 +135,10 @@ def _flash_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, shape, scale, left, right
         else:  # the older signature refuses unequal heads: pay for copies of k and v
             size = shape.heads_q // shape.heads_k
             k, v = k.repeat_interleave(size, 1), v.repeat_interleave(size, 1)
-    return varlen_attn(
+    out: Any = varlen_attn(
         q, k, v, cu_seqlens_q, cu_seqlens_k, shape.seqlen_q, shape.seqlen_k, **options
     )  # fmt: skip
+    return out
 
 
 def host_offsets(cu_seqlens: Tensor) -> list[int]:

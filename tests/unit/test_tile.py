@@ -152,8 +152,8 @@ def test_descriptors_find_what_tma_wrote_mn_major(host, width: int, rows: int, c
 def test_accumulator_covers_the_tile_once(host, n: int) -> None:
     positions = {ints(host.acc_position, t, r) for t in range(128) for r in range(n // 2)}
     assert positions == set(itertools.product(range(64), range(n)))
-    # PTX ISA, D fragment: row lane/4 of a warp's 16 (+8 for registers 2 and 3 of every four), column
-    # 8 (r/4) + 2 (lane%4) + r%2
+    # PTX ISA, D fragment: row lane/4 of a warp's 16 (+8 for registers 2 and 3 of every four),
+    # column 8 (r/4) + 2 (lane%4) + r%2
     assert ints(host.acc_position, 37, 6) == (16 + 5 // 4 + 8, 8 + 2 * (5 % 4))
 
 
