@@ -11,13 +11,10 @@
 // registers, and results leave from a second buffer. Nothing but the maximum couples warps, and the groups of an SM
 // run out of step, which hides the phases of one behind those of the others.
 //
-// A row of one head is only 256 bytes, strided by the row of all heads: fetched like that, DRAM opens a page for every
-// 256 bytes. So heads that are near in memory are processed near in time: neighbouring heads by the groups of an SM and,
-// with phases > 1, by neighbouring SMs, or prefetched into L2 a few at a time (docs/preprocess.md has the numbers).
-//
-// Why not tensor cores for the transform: the result must be exact to one e4m3 step, which takes two bf16 passes
-// (high and low part of the rotated value); splitting costs more than the FP32 butterflies it saves.
+// This is the general kernel: any rotation, head dims 64 to 256, blocks of 64 or 128 tokens. At head dims 64 and 128 the
+// usual cases go to mma.cuh, which needs fewer instructions (docs/preprocess.md has the numbers).
 #pragma once
+#include "prep/items.cuh"
 #include "prep/row_io.cuh"
 
 namespace fa3::prep {
@@ -30,14 +27,6 @@ struct BlockTraits : RowShape<D> {
   static FA3_HD constexpr int slabs(int bytes_per_element) { return (D * bytes_per_element + kSlabBytes - 1) / kSlabBytes; }
 };
 
-struct Item {
-  int token0, batch;  // coordinates of the first token in the tensor maps
-  int tokens;         // of the sequence in this block; 0: unused slot
-  int position0, position_row;  // position without ids; index of the first token in position_ids
-  int block, batch_out;         // where the descales go
-  int phase, count;             // heads phase, phase + phases, ...
-};
-
 template <int D>
 struct BlockControl {
   uint64_t full[BlockTraits<D>::kWarps];
@@ -45,39 +34,6 @@ struct BlockControl {
   uint32_t amax[2][BlockTraits<D>::kWarps];
   SignTable<D> signs;
 };
-
-FA3_DEVICE Item decode_item(const BlockParams& p, int index) {
-  Item it{};
-  if (index >= p.items) return it;
-  const int block = index / p.phases;
-  it.phase = index % p.phases;
-  it.count = (p.heads_total - it.phase + p.phases - 1) / p.phases;
-  const int32_t* cu = p.sequences.cu_seqlens;
-  if (cu == nullptr) {
-    it.batch = block / p.blocks;
-    it.block = block % p.blocks;
-    it.batch_out = it.batch;
-    it.token0 = it.block * p.block_tokens;
-    it.tokens = min(p.block_tokens, p.sequences.seqlen - it.token0);
-    it.position0 = it.token0;
-    it.position_row = it.batch * p.sequences.seqlen + it.token0;
-    return it;
-  }
-  // Sequence b owns the slots from cu[b] / block_tokens + b on: find the last b that starts at or before this one.
-  int low = 0, high = p.sequences.batch - 1;
-  while (low < high) {
-    const int mid = (low + high + 1) / 2;
-    if (cu[mid] / p.block_tokens + mid <= block) low = mid; else high = mid - 1;
-  }
-  const int begin = cu[low], end = min(cu[low + 1], p.sequences.total);
-  const int inside = (block - begin / p.block_tokens - low) * p.block_tokens;
-  it.block = block;
-  it.token0 = begin + inside;
-  it.tokens = max(0, min(p.block_tokens, end - it.token0));
-  it.position0 = inside;
-  it.position_row = it.token0;
-  return it;
-}
 
 // cos and sin of the item's tokens -> shared memory, sin with the signs of its pair.
 template <class Shape>
@@ -140,20 +96,11 @@ __global__ void __launch_bounds__(BlockTraits<D>::kThreads, 1) block_kernel(cons
       mbar_arrive_expect_tx(full, Shape::slabs(2) * Shape::kRows * kSlabBytes);
 #pragma unroll
       for (int s = 0; s < Shape::slabs(2); ++s)
-        tma_load_4d(stage_in + s * Shape::kRows * kSlabBytes, &p.in[t], full, kL2EvictFirst, s * kSlabBytes / 2, head,
+        tma_load_4d(stage_in + s * Shape::kRows * kSlabBytes, &p.in[t], full, kL2EvictNormal, s * kSlabBytes / 2, head,
                     token, batch);
     }
     __syncwarp();
   };
-  auto prefetch = [&](const Item& it, int index) {
-    if (index >= it.count) return;
-    const int any_head = it.phase + index * p.phases;
-    const int t = tensor_of(any_head), head = any_head - p.first_tile[t];
-    const int token = uniform(it.token0) + warp_row, batch = uniform(it.batch);
-    if (elect_one()) tma_prefetch_4d(&p.ahead[t], 0, head, token, batch);
-    __syncwarp();
-  };
-
   const RowReader<Shape> in(stage_in, row, part), out(stage_out, row, part);
   bool requested = false;
   uint32_t parity = 0;
@@ -190,7 +137,6 @@ __global__ void __launch_bounds__(BlockTraits<D>::kThreads, 1) block_kernel(cons
       const int t = tensor_of(any_head), head = any_head - p.first_tile[t];
       const BlockTensor& tensor = p.tensors[t];
       const bool hadamard = tensor.hadamard != 0;
-      if (p.ahead_heads > 0 && i % p.ahead_heads == 0) prefetch(it, i + p.ahead_heads);
 
       // ---- read and rotate; then the buffer is free for the next tile
       float v[Shape::kValues];

@@ -32,7 +32,6 @@ struct BlockTensor {
 
 struct BlockParams {
   CUtensorMap in[kMaxTensors], out[kMaxTensors];  // 4D: (head_dim, head, token, batch)
-  CUtensorMap ahead[kMaxTensors];                 // in, with ahead_heads heads per box: for prefetches into L2
   BlockTensor tensors[kMaxTensors];
   Rotation rotation;
   Sequences sequences;
@@ -43,10 +42,33 @@ struct BlockParams {
   int blocks;         // per batch entry; packed: slots of the whole batch, some of them unused
   int items, phases;  // an item is every phases-th head of a block
   int groups, group_warps;
-  int ahead_heads;                      // 0: no prefetch
   int stage_in_bytes, stage_out_bytes;  // per warp
   int table_pitch;                      // bytes of one row of cos in shared memory
   int table_offset, control_offset;     // within dynamic shared memory
+};
+
+// ---- tensor-core kernel: scale blocks -> e4m3, or 16-bit ----
+
+struct MmaTensor {
+  char* out;
+  int64_t out_batch, out_token, out_head;  // bytes
+  float* descale;                          // (batch, heads, blocks)
+  int heads, rope;
+};
+
+struct MmaParams {
+  CUtensorMap in[kMaxTensors];  // 4D: (head_dim, head, token, batch)
+  MmaTensor tensors[kMaxTensors];
+  Rotation rotation;
+  Sequences sequences;
+  const float* signs;
+  int first_tile[kMaxTensors];
+  int num_tensors, heads_total;
+  int block_tokens, blocks, items, phases;  // as in BlockParams
+  int quantize;
+  // Rotated tensors and those that wgmma reads as they are: whether any, and whether they are transformed.
+  int turned, turned_hadamard, straight, straight_hadamard;
+  int matrix_offset, straight_offset, table_offset, control_offset;  // within dynamic shared memory
 };
 
 // ---- token kernel: tiles of a few tokens x many heads -> 16-bit ----
@@ -93,6 +115,7 @@ struct RopeParams {
   int lane_heads;       // heads of a warp side by side
   int heads_per_warp;   // heads that one warp walks, over the tensors
   int splits;           // warps of a token
+  int sm_count;
   int64_t rows;         // batch * seqlen or total
   float direction;      // +1 rotate, -1 rotate back
 };

@@ -21,6 +21,7 @@ constexpr int kWarps = kThreads / 32;
 #ifndef ROPE_AHEAD
 #define ROPE_AHEAD 2
 #define ROPE_BLOCKS 4
+#define ROPE_ST 0
 #endif
 constexpr int kBlocksPerSm = ROPE_BLOCKS;  // 64 registers a thread
 template <class In>
@@ -82,8 +83,12 @@ struct Chunk {  // eight elements as loaded
 
 template <class Out>
 FA3_DEVICE void store_chunk(char* out, const float* f) {
-  *reinterpret_cast<uint4*>(out) =
-      make_uint4(pack2<Out>(f[0], f[1]), pack2<Out>(f[2], f[3]), pack2<Out>(f[4], f[5]), pack2<Out>(f[6], f[7]));
+  const uint4 v = make_uint4(pack2<Out>(f[0], f[1]), pack2<Out>(f[2], f[3]), pack2<Out>(f[4], f[5]), pack2<Out>(f[6], f[7]));
+#if ROPE_ST
+  __stcs(reinterpret_cast<uint4*>(out), v);
+#else
+  *reinterpret_cast<uint4*>(out) = v;
+#endif
 }
 
 // cos and sin of pairs pair .. pair + N - 1 of a row of the tables; those from `count` on do not turn.
@@ -113,12 +118,8 @@ template <class In, class Out, bool kInterleaved>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __grid_constant__ RopeParams p) {
   constexpr int kAhead = kAheadOf<In>, kChunkIn = 8 * sizeof(In);
   const int lane = threadIdx.x % 32;
-  const int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int64_t row = index / p.splits;
   const int lane_head = lane / p.units, unit = lane - lane_head * p.units;
-  if (row >= p.rows || lane_head >= p.lane_heads) return;
-  const Place place = place_of(p, row);
-  if (!place.exists) return;
+  if (lane_head >= p.lane_heads) return;
 
   // ---- which two chunks of a head
   const int chunks = p.head_dim / 8, rotated = p.rotation.rotary_dim / 16;
@@ -127,7 +128,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __gr
   else if (unit < rotated) low = unit, high = unit + rotated;
   const bool pair = high < chunks;  // an odd number of chunks leaves a single one
 
-  // ---- heads: steps of lane_heads, over the tensors
+  // ---- tokens in turn; their heads in steps of lane_heads, over the tensors
+  const int64_t walks = p.rows * p.splits;
+#pragma unroll 1
+  for (int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; index < walks; index += int64_t(gridDim.x) * kWarps) {
+  const int64_t row = index / p.splits;
+  const Place place = place_of(p, row);
+  if (!place.exists) continue;
   int first = int(index - row * p.splits) * p.heads_per_warp, left = p.heads_per_warp;
   float c[8], s[8];
   bool have_angles = false;
@@ -194,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __gr
       out += kAhead * out_step;
       load(h + kAhead * p.lane_heads);
     }
-  }
+  }  }
 }
 
 // One thread per element pair (or copied element) of one token, over the heads.
@@ -244,7 +251,9 @@ int launch(const RopeParams& params, cudaStream_t stream) {
     p.units = (p.head_dim / 8 + 1) / 2;
     p.lane_heads = 32 / p.units;
     p.splits = (heads + p.heads_per_warp - 1) / p.heads_per_warp;
-    const unsigned blocks = static_cast<unsigned>((p.rows * p.splits + kWarps - 1) / kWarps);
+    const int64_t needed = (p.rows * p.splits + kWarps - 1) / kWarps;
+    const int64_t resident = int64_t(p.sm_count) * kBlocksPerSm;
+    const unsigned blocks = static_cast<unsigned>(needed < resident ? needed : resident);
     if (p.rotation.interleaved) rope_kernel<In, Out, true><<<blocks, kThreads, 0, stream>>>(p);
     else rope_kernel<In, Out, false><<<blocks, kThreads, 0, stream>>>(p);
   }

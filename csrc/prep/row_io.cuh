@@ -163,11 +163,13 @@ FA3_DEVICE void write_16bit(float (&v)[Shape::kValues], const Rotation& p, const
 // Values / scale -> e4m3 rows in the output buffer.
 template <class Shape>
 FA3_DEVICE void write_e4m3(float (&v)[Shape::kValues], const RowReader<Shape>& out, float inverse, bool pending) {
+  // A chunk is 8 bytes. With one lane a row two of them make a 16-byte unit, which is free of bank conflicts.
+  constexpr int kTogether = Shape::kLanes == 1 ? 2 : 1;
 #pragma unroll
-  for (int c = 0; c < Shape::kChunks; ++c) {
-    uint32_t w[2];
+  for (int c = 0; c < Shape::kChunks; c += kTogether) {
+    uint32_t w[2 * kTogether];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < 2 * kTogether; ++h) {
       float* f = v + 8 * c + 4 * h;
       if (pending) {
         finish_pair(f[0], f[1], inverse);
@@ -179,7 +181,8 @@ FA3_DEVICE void write_e4m3(float (&v)[Shape::kValues], const RowReader<Shape>& o
       w[h] = pack4_e4m3(f[0], f[1], f[2], f[3]);
     }
     const int chunk = out.chunk(c);
-    sts64(out.unit(chunk / 2) + (chunk & 1) * 8, w[0], w[1]);
+    if constexpr (kTogether == 2) sts128(out.unit(chunk / 2), make_uint4(w[0], w[1], w[2], w[3]));
+    else sts64(out.unit(chunk / 2) + (chunk & 1) * 8, w[0], w[1]);
   }
 }
 

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(TokenTraits<D>::kThreads, 1) token_kernel(cons
 #pragma unroll 1
       for (int s = 0; s < slabs_in; ++s)
         tma_load_4d(base + stage * p.stage_in_bytes + s * Shape::kRows * kSlabBytes, &p.in[tile.tensor],
-                    full + 8 * stage, kL2EvictFirst, s * slab_columns, tile.head, tile.token, tile.batch);
+                    full + 8 * stage, kL2EvictNormal, s * slab_columns, tile.head, tile.token, tile.batch);
     }
     __syncwarp();
   };

@@ -55,13 +55,6 @@ FA3_DEVICE void tma_load_5d(uint32_t dst, const CUtensorMap* map, uint32_t bar, 
       : "memory");
 }
 
-// cp.async.bulk.prefetch.tensor: the box, as a load of it would fetch it, into L2.
-FA3_DEVICE void tma_prefetch_4d(const CUtensorMap* map, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(map), "r"(c0),
-               "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
-}
-
 // cp.async.bulk.tensor, shared -> global. Coordinates must not be negative.
 FA3_DEVICE void tma_store_4d(const CUtensorMap* map, uint32_t src, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
