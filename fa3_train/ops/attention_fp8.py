@@ -53,6 +53,11 @@ def _positions(
     }  # fmt: skip
 
 
+def _alike(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> bool:
+    """q and k hold the same tokens, so that one launch can serve both."""
+    return cu_q is cu_k and q.shape[:-2] == k.shape[:-2]
+
+
 def _quantize(
     q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -75,7 +80,7 @@ def _quantize(
             fp8.SCALE_BLOCK, None,
         )  # fmt: skip
 
-    if cu_q is cu_k and q.shape[:-2] == k.shape[:-2]:
+    if _alike(q, k, cu_q, cu_k):
         return run([q, k, v], [rotated, rotated, preprocess.QUANTIZE], cu_q)
     q8, sq = run([q], [rotated], cu_q)
     k8, v8, sk, sv = run([k, v], [rotated, preprocess.QUANTIZE], cu_k)
@@ -115,7 +120,7 @@ def _unrotate(dq, dk, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call, dt
             call.interleaved, True, fp8.SCALE_BLOCK, dtype,
         )  # fmt: skip
 
-    if cu_q is cu_k and dq.shape[:-2] == dk.shape[:-2]:
+    if _alike(dq, dk, cu_q, cu_k):
         return run([dq, dk], cu_q)
     return run([dq], cu_q)[0], run([dk], cu_k)[0]
 
@@ -152,10 +157,17 @@ class _AttentionFp8(torch.autograd.Function):
                 dtype=_reference_dtype(dtype),
             )  # fmt: skip
         else:
-            q, k, v = (
-                preprocess.dequantize(x, s, dtype=dtype, cu_seqlens=cu)
-                for x, s, cu in ((q8, sq, cu_q), (k8, sk, cu_k), (v8, sv, cu_k))
-            )
+            if _alike(q8, k8, cu_q, cu_k):
+                q, k, v = preprocess.dequantize(
+                    [q8, k8, v8], [sq, sk, sv], cu_seqlens=cu_q, dtype=dtype, backend="hopper"
+                )
+            else:
+                (q,) = preprocess.dequantize(
+                    [q8], [sq], cu_seqlens=cu_q, dtype=dtype, backend="hopper"
+                )
+                k, v = preprocess.dequantize(
+                    [k8, v8], [sk, sv], cu_seqlens=cu_k, dtype=dtype, backend="hopper"
+                )
             dq, dk, dv, _ = torch.ops.fa3_train.attn_bwd(
                 dout, q, k, v, out, lse, dlse, cu_q, cu_k, None, *call.lengths, call.scale,
                 call.right == 0, call.left, call.right, 0.0, False,
