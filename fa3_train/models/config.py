@@ -52,6 +52,7 @@ class ModelConfig:
     window_size: int | None = None  # sliding window: keys a query sees, itself included; None: all
     softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: off
     attention_backend: str = "auto"  # one of ATTENTION_BACKENDS
+    attention_deterministic: bool = False  # gradients bitwise repeatable
     attention_precision: str = "bf16"  # "fp8": RoPE + Hadamard + e4m3 forward, 16-bit backward
     linear: str = "torch"  # one of LINEARS
     te_recipe: str = "current"  # FP8 scaling of linear=te_fp8, one of TE_RECIPES

@@ -65,7 +65,7 @@ class TransformerLM(nn.Module):
                 config.head_dim, rope=self.rope, norm_eps=config.norm_eps, qk_norm=config.qk_norm,
                 window_size=config.window_size, softcap=config.softcap, linear=config.linear,
                 te_recipe=config.te_recipe, precision=config.attention_precision,
-                backend=config.attention_backend,
+                backend=config.attention_backend, deterministic=config.attention_deterministic,
                 activation_checkpointing=config.activation_checkpointing, seed=index,
             )
             for index in range(config.num_layers)

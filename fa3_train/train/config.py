@@ -92,7 +92,7 @@ class AttentionSection:
 
     backend: str = _choice("auto", "hopper", "sdpa", "reference")
     precision: str = _choice("bf16", "fp8")  # fp8: e4m3 forward, bf16 backward
-    deterministic: bool = False
+    deterministic: bool = False  # gradients bitwise repeatable; run.deterministic implies it
 
 
 @dataclass
@@ -263,6 +263,7 @@ class TrainConfig:
         return ModelConfig(
             **shape,
             attention_backend=self.attention.backend,
+            attention_deterministic=self.attention.deterministic or self.run.deterministic,
             attention_precision=self.attention.precision,
             linear=self.linear,
             te_recipe=self.precision.te_recipe,

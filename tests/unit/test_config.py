@@ -292,6 +292,7 @@ def test_model_section_follows_the_model_config():
     section = {f.name for f in dataclasses.fields(TrainConfig().model)} - {"name", "init_from"}
     elsewhere = {
         "attention_backend",
+        "attention_deterministic",
         "attention_precision",
         "linear",
         "te_recipe",
