@@ -9,7 +9,8 @@ of the bad step. Parameters are still those before the step, so forward and back
 - hooks on the tensors that modules read and return look at gradients in the order of the backward;
   the first non-finite one was made by the backward of the innermost module that reads this tensor
   (of an operation between modules, where none does);
-- parameter gradients are looked at last, for an overflow in a weight gradient alone.
+- parameter gradients are looked at last, for an overflow in a weight gradient alone; and they count
+  last, because reductions carry one rank's NaN to all the others.
 """
 
 from __future__ import annotations
@@ -34,8 +35,14 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class _Finding:
+    rank: int
     micro_batch: int
     where: str
+    own: bool  # seen in the rank's own activations, not in a gradient that may be a reduced one
+
+    @property
+    def order(self) -> tuple[bool, int, int]:
+        return not self.own, self.micro_batch, self.rank
 
 
 def diagnose(engine: Engine, batches: list[Batch], step: int, loss: float, norm: float) -> str:
@@ -58,18 +65,20 @@ def diagnose(engine: Engine, batches: list[Batch], step: int, loss: float, norm:
             engine.backward(value, first=index == 0, last=last)
             where = probe.verdict()
             if where is not None:
-                findings.append(_Finding(index, where))
-    mine = findings[0] if findings else None
-    reports = engine.world.gather((losses, mine))
+                findings.append(_Finding(engine.world.rank, index, where, True))
+            elif (where := probe.bad_parameter_gradient()) is not None:
+                findings.append(_Finding(engine.world.rank, index, where, False))
+    reports = engine.world.gather((losses, findings))
     shown = f"step {step}: loss {loss!r}, gradient norm {norm!r}"
     kept = f"The optimizer step was not taken: the parameters are those after step {step - 1}."
-    for rank, (rank_losses, finding) in enumerate(reports):
-        if finding is not None:
-            return (
-                f"{shown}. First non-finite value: rank {rank}, micro-batch "
-                f"{finding.micro_batch} (loss {rank_losses[finding.micro_batch]!r}): "
-                f"{finding.where}. {kept}"
-            )
+    everything = [finding for _, rank_findings in reports for finding in rank_findings]
+    if everything:
+        first = min(everything, key=lambda finding: finding.order)
+        its_loss = reports[first.rank][0][first.micro_batch]
+        return (
+            f"{shown}. First non-finite value: rank {first.rank}, micro-batch "
+            f"{first.micro_batch} (loss {its_loss!r}): {first.where}. {kept}"
+        )
     return (
         f"{shown}. A second pass over the same batches on {len(reports)} rank(s) was finite "
         "everywhere, so the value did not come from the model's arithmetic alone: suspect a race, "
@@ -102,8 +111,8 @@ class _Probe:
             handle.remove()
 
     def verdict(self) -> str | None:
-        """The first thing that went wrong since `start`, or None."""
-        return self._forward or self._gradient or self._bad_parameter_gradient()
+        """The first thing that went wrong in this rank's activations since `start`, or None."""
+        return self._forward or self._gradient
 
     def _before(self, label: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -152,7 +161,8 @@ class _Probe:
 
         return hook
 
-    def _bad_parameter_gradient(self) -> str | None:
+    def bad_parameter_gradient(self) -> str | None:
+        """A parameter whose gradient, as it lies there now, is not finite."""
         for name, param in self.model.named_parameters():
             flaw = _flaw(param.grad) if param.grad is not None else None
             if flaw:
