@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from fa3_train.train.compose import load
@@ -39,6 +40,15 @@ WORDS = (
     "checkpoint.every=2",
     "checkpoint.keep=10",
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For modules that import it: threads only get into each other's way in matrices this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def words(folder: Path, *more: str) -> list[str]:

@@ -12,7 +12,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from tiny_runs import config, losses
+from tiny_runs import config, losses, one_thread  # noqa: F401
 
 from fa3_train.train import checkpoint as checkpoint_module
 from fa3_train.train import checkpoint_files as files

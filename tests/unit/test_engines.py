@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_runs import config, loss_tensor, losses
+from tiny_runs import config, loss_tensor, losses, one_thread  # noqa: F401
 from torch import nn
 
 from fa3_train.numerics import assert_as_good

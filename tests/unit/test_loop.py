@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from tiny_runs import config, evaluations, losses
+from tiny_runs import config, evaluations, losses, one_thread  # noqa: F401
 
 from fa3_train.train import checkpoint_files as files
 from fa3_train.train import loop
