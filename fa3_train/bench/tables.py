@@ -64,32 +64,27 @@ def text_table(result: dict[str, Any]) -> str:
         return "nothing ran"
     first, others = peers[0], peers[1:]
     width = max(len(c["name"]) for c in cells) + 2
-    head = f"{'':{width}}{'pass':>8}" + "".join(f"{p:>9}" for p in peers)
-    head += "".join(f"{f'/{p}':>9}" for p in others) + f"{'spread':>8}"
-    lines = [head]
+    wide = max(9, *(len(p) + 3 for p in peers))
+
+    def columns(values: list[float | None], digits: int) -> str:
+        return "".join(f"{v:{wide}.{digits}f}" if v else f"{'-':>{wide}}" for v in values)
+
+    head = f"{'':{width}}{'pass':>8}" + "".join(f"{p:>{wide}}" for p in peers)
+    lines = [head + "".join(f"{'/' + p:>{wide}}" for p in others) + f"{'spread':>8}"]
     for cell in cells:
         row = f"{cell['name']:{width}}{cell['pass']:>8}"
-        for p in peers:
-            value = rate(cell, p)
-            row += f"{value:9.1f}" if value else f"{'-':>9}"
-        for p in others:
-            both = ratios([cell], first, p)
-            row += f"{both[0]:9.3f}" if both else f"{'-':>9}"
+        row += columns([rate(cell, p) for p in peers], 1)
+        row += columns([next(iter(ratios([cell], first, p)), None) for p in others], 3)
         spread = cell["peers"].get(first, {}).get("spread")
-        row += f"{spread:8.1%}" if spread is not None else f"{'-':>8}"
-        lines.append(row)
+        lines.append(row + (f"{spread:8.1%}" if spread is not None else f"{'-':>8}"))
     lines.append("")
-    groups = list(dict.fromkeys((c["group"], c["pass"]) for c in cells))
-    for group, which in groups:
+    for group, which in dict.fromkeys((c["group"], c["pass"]) for c in cells):
         members = [c for c in cells if (c["group"], c["pass"]) == (group, which)]
+        rates = [[r for c in members if (r := rate(c, p))] for p in peers]
+        against = [ratios(members, first, p) for p in others]
         row = f"{f'geomean {group}':{width}}{which:>8}"
-        for p in peers:
-            rates = [r for c in members if (r := rate(c, p))]
-            row += f"{geometric_mean(rates):9.1f}" if rates else f"{'-':>9}"
-        for p in others:
-            both = ratios(members, first, p)
-            row += f"{geometric_mean(both):9.3f}" if both else f"{'-':>9}"
-        lines.append(row)
+        row += columns([geometric_mean(r) if r else None for r in rates], 1)
+        lines.append(row + columns([geometric_mean(r) if r else None for r in against], 3))
     wrong = [
         f"{c['name']} {c['pass']}: {p}: {v['disagrees']}"
         for c in cells

@@ -151,13 +151,14 @@ def test_compile_packed_dynamic_lengths():
 
     compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
     args = inputs(packed=True)
-    for lengths in ((200, 100), (160, 140), (20, 280)):
+    for lengths in ((200, 100), (160, 140), (20, 280), (90, 210)):
         cu, longest = offsets(*lengths), max(lengths)
         a, b = compiled(*args, cu, longest), step(*args, cu, longest)
         assert torch.equal(a, b)
         grads = [torch.autograd.grad(x.float().square().sum(), args) for x in (a, b)]
         assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
-    assert counter.frame_count == 1
+    # Older torch takes an int for a constant until it changes once: never a compilation a length.
+    assert counter.frame_count <= 2
 
 
 def test_cuda_graph_of_forward_and_backward():
