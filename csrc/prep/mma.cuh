@@ -42,7 +42,7 @@ template <int D>
 struct MmaControl {
   uint64_t full[MmaTraits<D>::kWarpgroups][MmaTraits<D>::kStages];
   Item items[2];
-  uint32_t amax[2][MmaTraits<D>::kThreads / 32];
+  alignas(16) uint32_t amax[2][MmaTraits<D>::kThreads / 32];  // of each warp
 };
 
 // Which element of a part sits in k-slot k of the A fragment: thread q of a quad holds elements 8q .. 8q + 7 and
