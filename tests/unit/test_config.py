@@ -224,8 +224,8 @@ def test_resolve_takes_back_what_to_dict_gives():
             ["attention.precision=fp8", "sdpa"],
         ),
         (
-            ["attention=fp8", "precision=bf16", "model.head_dim=96"],
-            ["attention.precision=fp8", "head_dim", "96"],
+            ["attention=fp8", "precision=bf16", "model.head_dim=72"],
+            ["attention.precision=fp8", "head_dim", "72"],
         ),
         (
             ["attention=fp8", "precision=bf16", "model.softcap=30"],

@@ -240,7 +240,9 @@ def read_wandb(folder):
     from wandb.sdk.internal.datastore import DataStore
 
     rows, configs, ids = [], set(), []
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+    # Two runs in one second differ by a suffix of the folder, so the names order them.
+    paths = folder.glob("wandb/offline-run-*/run-*.wandb")
+    for path in sorted(paths, key=lambda path: path.parent.name):
         store = DataStore()
         store.open_for_scan(str(path))
         while (data := store.scan_data()) is not None:

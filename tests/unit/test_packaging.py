@@ -52,6 +52,9 @@ def test_it_runs_from_any_folder(wheel, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     code = (
+        # An editable install of this checkout would win over the unpacked wheel.
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in "
+        "type(f).__name__]; "
         "import fa3_train.train.compose as c; print(c.conf_dir()); "
         "from fa3_train.cli import main; main(['recipe=llama3_8b_32k', 'dryrun=true'])"
     )
