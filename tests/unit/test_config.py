@@ -83,9 +83,12 @@ def test_every_key_in_every_yaml_is_in_the_schema():
 
 
 def test_group_value_recipe_and_command_line_win_in_that_order():
-    # conf/optimizer says 3e-4, the recipe 3e-3, the command line 1e-5.
-    assert load([]).optimizer.lr == 3e-3
-    assert load(["recipe=llama3_8b"]).optimizer.lr == 3e-4
+    group = yaml.safe_load((compose.conf_dir() / "optimizer" / "adamw.yaml").read_text())
+    recipe = yaml.safe_load((compose.recipe_dirs()[-1] / "quickstart.yaml").read_text())
+    values = {group["lr"], recipe["optimizer"]["lr"], 1e-5}
+    assert len(values) == 3
+    assert load(["recipe=llama3_8b"]).optimizer.lr == group["lr"]
+    assert load([]).optimizer.lr == recipe["optimizer"]["lr"]
     assert load(["optimizer.lr=1e-5"]).optimizer.lr == 1e-5
     assert load(["optimizer.lr=1e-5", "optimizer=adamw"]).optimizer.lr == 1e-5
 
