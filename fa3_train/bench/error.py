@@ -184,7 +184,7 @@ def sixteen_bit_row(
     q, k, v = (x.to(dtype) for x in xs)
     name = str(dtype).removeprefix("torch.")
     if on_kernel(device):
-        from fa3_train import flash_attn_func
+        from fa3_train.ops.attention import flash_attn_func
 
         out = flash_attn_func(q, k, v, causal=causal, backend="hopper")
         assert isinstance(out, Tensor)
