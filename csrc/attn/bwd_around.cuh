@@ -176,10 +176,11 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_finish_sink(const __grid_c
 }
 
 // dQ from fragment order (see bwd_fused: [warpgroup][vector i][thread]) to rows, times the softmax scale: rounded,
-// or added to FP32. A thread block per row block; BLOCK_M * kHeadDim floats.
+// or added to FP32. A thread block per row block; BLOCK_M * kHeadDim floats. 32 columns at a time: few registers, so
+// that many thread blocks keep the memory busy.
 template <class Elem, int BLOCK_M, int kHeadDim>
-__global__ void __launch_bounds__(kAroundThreads) bwd_finish_dq(const __grid_constant__ BwdAroundParams p) {
-  constexpr int kVectorBytes = 128 * 16, kPieceFloats = 64 * 64;
+__global__ void __launch_bounds__(kAroundThreads, 6) bwd_finish_dq(const __grid_constant__ BwdAroundParams p) {
+  constexpr int kVectorBytes = 128 * 16, kPieceFloats = 64 * 64, kColumns = 32;
   const int head = blockIdx.y, b = blockIdx.z;
   const int piece = threadIdx.x / 128, thread = threadIdx.x % 128;
   grid_dependency_wait();
@@ -191,19 +192,24 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_finish_dq(const __grid_con
                                                             + piece * kPieceFloats) + thread;
   const int row0 = kSplitRows ? 64 * piece : 0, col0 = kSplitRows ? 0 : 64 * piece;
   const int rows = r.seqlen - r.row - row0, cols = p.shape.head_dim_qk - col0;
-  constexpr int kVectors = 8;
-  float acc[4 * kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    float4 f = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (kHeadDim % 64 == 0 || 8 * i < kHeadDim - col0) f = __ldcs(src + i * (kVectorBytes / 16));
-    acc[4 * i] = f.x, acc[4 * i + 1] = f.y, acc[4 * i + 2] = f.z, acc[4 * i + 3] = f.w;
-  }
   const int64_t at = r.batch * p.dq.stride_batch + head * p.dq.stride_head + col0
                      + int64_t(r.first_row + row0) * p.dq.stride_token;
   const float scale = p.shape.softmax_scale;
-  if (p.dq_fp32) add_rows<64>(acc, scale, static_cast<float*>(p.dq.ptr) + at, p.dq.stride_token, rows, cols);
-  else store_rows<Elem, 64>(acc, scale, static_cast<Elem*>(p.dq.ptr) + at, p.dq.stride_token, rows, cols);
+#pragma unroll
+  for (int first = 0; first < 64; first += kColumns) {
+    if (kHeadDim % 64 != 0 && first >= kHeadDim - col0) return;
+    float acc[kColumns / 2];
+#pragma unroll
+    for (int i = 0; i < kColumns / 8; ++i) {
+      const float4 f = __ldcs(src + (first / 8 + i) * (kVectorBytes / 16));
+      acc[4 * i] = f.x, acc[4 * i + 1] = f.y, acc[4 * i + 2] = f.z, acc[4 * i + 3] = f.w;
+    }
+    if (p.dq_fp32)
+      add_rows<kColumns>(acc, scale, static_cast<float*>(p.dq.ptr) + at + first, p.dq.stride_token, rows, cols - first);
+    else
+      store_rows<Elem, kColumns>(acc, scale, static_cast<Elem*>(p.dq.ptr) + at + first, p.dq.stride_token, rows,
+                                 cols - first);
+  }
 }
 
 // dK and dV of whole groups from the partial sums of their shares, added in order: rounded once, or added to FP32.
