@@ -198,6 +198,18 @@ def check_cu_seqlens(
         check_cu_seqlens_values(name, cu.tolist(), total, max_seqlen)
 
 
+def recheck_cu_seqlens(
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, shape: AttentionShape
+) -> None:
+    """The entries again, where they are read, for a call whose sizes are known to be fine."""
+    for name, cu, total, longest in (
+        ("cu_seqlens_q", cu_seqlens_q, shape.total_q, shape.seqlen_q),
+        ("cu_seqlens_k", cu_seqlens_k, shape.total_k, shape.seqlen_k),
+    ):
+        if cu is not None and (cu.device.type == "cpu" or os.environ.get(CU_SEQLENS_DEBUG) == "1"):
+            check_cu_seqlens_values(name, cu.tolist(), total, longest)
+
+
 def check_cu_seqlens_values(
     name: str, entries: list[int], total: int, max_seqlen: int | None
 ) -> None:

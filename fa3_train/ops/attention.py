@@ -18,6 +18,8 @@ that are added to.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -25,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from fa3_train import checks, reference
 from fa3_train.checks import AttentionShape
 from fa3_train.ops import backends, hopper, sdpa
+from fa3_train.ops.launch import Key, remember
 
 __all__ = [
     "attn_bwd_accumulate",
@@ -131,26 +134,83 @@ def _like_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Ten
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _attention(
+class _Request(NamedTuple):
+    """A call after all rules and choices that do not depend on values in device memory."""
+
+    shape: AttentionShape
+    left: int
+    right: int
+    scale: float
+    softcap: float
+    backend: str
+
+
+def _resolve(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-    window_size, softcap, sink, deterministic, return_lse, backend,
-):  # fmt: skip
+    window_size, softcap, sink, deterministic, return_lse, backend, needs_grad,
+) -> _Request:  # fmt: skip
     shape = checks.attention_shape(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     left, right = _tighten(shape, *checks.resolve_window(causal, window_size))
     scale = checks.resolve_scale(softmax_scale, shape.head_dim_qk)
     softcap = checks.check_softcap(softcap)
     checks.check_sink(sink, shape, q.device)
-    q, k, v = _like_autocast(q, k, v)
-    needs_grad = torch.is_grad_enabled() and (
-        q.requires_grad
-        or k.requires_grad
-        or v.requires_grad
-        or (sink is not None and sink.requires_grad)
-    )
     options = _options(shape, left, right, softcap, sink, deterministic, return_lse, needs_grad)
     chosen = backends.choose(
         backend, q.device, q.dtype, shape.head_dim_qk, shape.head_dim_v, options
     )
+    return _Request(shape, left, right, scale, softcap, chosen)
+
+
+_requests: dict[Key, _Request] = {}
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _known(x: Tensor | None) -> Key | None:
+    return None if x is None else (x.shape, x.dtype, x.device, type(x))
+
+
+def _resolve_known(*request) -> _Request:
+    """:func:`_resolve`, remembered: a training step repeats its requests, the rules take longer
+    than the launch. Only for eager calls on plain tensors, whose sizes are numbers."""
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *rest = request
+    if torch.compiler.is_compiling() or type(q) not in _PLAIN:
+        return _resolve(*request)
+    window_size, sink, others = rest[4], rest[6], (*rest[:6], *rest[7:])
+    try:
+        key = (
+            *map(_known, (q, k, v, cu_seqlens_q, cu_seqlens_k, sink)),
+            others,
+            *map(type, others),  # a 1 does not pass for True
+            *map(type, window_size),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        known = _requests.get(key)
+    except (TypeError, AttributeError):  # no tensor, a list: the rules will say
+        return _resolve(*request)
+    if known is None:
+        return remember(_requests, key, _resolve(*request))
+    checks.recheck_cu_seqlens(cu_seqlens_q, cu_seqlens_k, known.shape)
+    return known
+
+
+def _attention(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+    window_size, softcap, sink, deterministic, return_lse, backend,
+):  # fmt: skip
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        q, k, v = _like_autocast(q, k, v)
+        needs_grad = torch.is_grad_enabled() and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (sink is not None and sink.requires_grad)
+        )
+    else:
+        needs_grad = False  # the rules will say what is wrong
+    shape, left, right, scale, softcap, chosen = _resolve_known(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+        window_size, softcap, sink, deterministic, return_lse, backend, needs_grad,
+    )  # fmt: skip
     if chosen == "hopper":
         out, lse = _kernels(
             q, k, v, sink, cu_seqlens_q, cu_seqlens_k, shape, scale, right == 0, left, right,

@@ -24,7 +24,7 @@ import torch
 
 from fa3_train import _lib, checks
 from fa3_train.ops import hopper
-from fa3_train.ops.hopper import mark_constant
+from fa3_train.ops.launch import mark_constant
 
 BACKENDS = ("hopper", "sdpa", "reference")
 OPTIONS = (

@@ -17,14 +17,28 @@ on the current stream, so CUDA graphs capture every op.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fa3_train import _lib, checks
 from fa3_train.checks import AttentionShape
+from fa3_train.ops.launch import (  # the other ops find some of these here
+    Key,
+    Plan,
+    address,
+    call,
+    mark_constant,
+    meta,
+    pointer,
+    remember,
+    stream_of,
+    strided,
+)
+
+__all__ = ["call", "mark_constant", "pointer", "stream_of", "strided"]
 
 DTYPE_CODES = {torch.bfloat16: _lib.BF16, torch.float16: _lib.FP16}
 
@@ -50,50 +64,6 @@ _library.define(
     f"attn_bwd_accumulate({_BWD_INPUTS}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
     f"Tensor(d!)? dsink, {_MASK_SCHEMA}, bool deterministic, int options=0) -> ()"
 )
-
-
-def mark_constant(function):
-    """``torch.compiler.assume_constant_result`` without its import of the compiler (over 1 s)."""
-    function._dynamo_marked_constant = True
-    return function
-
-
-def strided(x: Tensor) -> _lib.Tensor:
-    """The C view of a dense (B, S, H, D) or packed (T, H, D) tensor.
-
-    torch leaves the stride of a dimension of size 1 arbitrary, TMA wants a multiple of 16 bytes:
-    such strides are replaced by those of a contiguous tensor, which address the same elements.
-    """
-    *outer, tokens, heads, dim = x.shape
-    head = x.stride(-2) if heads != 1 else dim
-    token = x.stride(-3) if tokens != 1 else heads * head
-    batch = 0
-    if outer:
-        batch = x.stride(0) if outer[0] != 1 else tokens * token
-    return _lib.Tensor(x.data_ptr(), batch, token, head)
-
-
-def pointer(x: Tensor | None) -> int | None:
-    """Device address, or NULL."""
-    return None if x is None else x.data_ptr()
-
-
-def stream_of(x: Tensor) -> int:
-    """torch's current stream on the device of ``x``, as a cudaStream_t."""
-    return torch.cuda.current_stream(x.device).cuda_stream
-
-
-def call(name: str, params, device: torch.device) -> None:
-    """Run ``name`` on ``device`` with a workspace as large as the library asks for."""
-    library = _lib.load()
-    here = torch.cuda.current_device() == device.index
-    with contextlib.nullcontext() if here else torch.cuda.device(device):
-        size = library.workspace(name, params)
-        # Kept by this frame until the launch; the caching allocator orders reuse by stream.
-        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-        params.workspace = pointer(workspace)
-        params.workspace_bytes = size
-        library.call(name, params)
 
 
 def check_request(
@@ -135,15 +105,11 @@ def _require_device(q: Tensor) -> None:
 
 
 def _fill_common(
-    params, shape: AttentionShape, q: Tensor, softmax_scale: float, causal: bool, window_left: int,
-    window_right: int, softcap: float, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    sink: Tensor | None,
+    params, shape: AttentionShape, dtype: torch.dtype, softmax_scale: float, causal: bool,
+    window_left: int, window_right: int, softcap: float,
 ) -> None:  # fmt: skip
-    params.cu_seqlens_q, params.cu_seqlens_k = pointer(cu_seqlens_q), pointer(cu_seqlens_k)
-    params.sink = pointer(sink)
-    params.stream = stream_of(q)
     params.softmax_scale, params.softcap = softmax_scale, softcap
-    params.dtype = DTYPE_CODES[q.dtype]
+    params.dtype = DTYPE_CODES[dtype]
     params.batch = shape.batch
     params.seqlen_q, params.seqlen_k = shape.seqlen_q, shape.seqlen_k
     if shape.varlen:
@@ -154,24 +120,72 @@ def _fill_common(
     params.window_right = 0 if causal else window_right
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What one key of the memory holds; no plan where there is nothing to launch."""
+
+    shape: AttentionShape
+    plan: Plan | None
+
+
+_FORWARD_POINTERS = (
+    "q.ptr", "k.ptr", "v.ptr", "out.ptr", "lse", "cu_seqlens_q", "cu_seqlens_k", "sink",
+)  # fmt: skip
+_BACKWARD_POINTERS = (
+    "q.ptr", "k.ptr", "v.ptr", "out.ptr", "dout.ptr", "dq.ptr", "dk.ptr", "dv.ptr",
+    "dq_accum.ptr", "dk_accum.ptr", "dv_accum.ptr", "lse", "dlse", "cu_seqlens_q", "cu_seqlens_k",
+    "sink", "dsink",
+)  # fmt: skip
+_forwards: dict[Key, _Known] = {}
+_backwards: dict[Key, _Known] = {}
+
+
+def _recheck(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    shape: AttentionShape,
+) -> None:  # fmt: skip
+    """The rules that a known key does not settle: addresses, and values where they are read."""
+    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % checks.ALIGNMENT_BYTES:
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            checks.check_hopper_tensor(name, x)
+    checks.recheck_cu_seqlens(cu_seqlens_q, cu_seqlens_k, shape)
+
+
 def _attn_fwd(
     q, k, v, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k,
     softmax_scale, causal, window_left, window_right, softcap, options=0,
 ):  # fmt: skip
-    shape = check_request(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k)
-    _require_device(q)
+    key = (
+        meta(q), meta(k), meta(v), meta(cu_seqlens_q), meta(cu_seqlens_k), meta(sink),
+        max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap,
+        options,
+    )  # fmt: skip
+    known = _forwards.get(key)
+    if known is None:
+        shape = check_request(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k)
+        _require_device(q)
+    else:
+        shape = known.shape
+        _recheck(q, k, v, cu_seqlens_q, cu_seqlens_k, shape)
     out = q.new_empty(shape.out_shape)
     lse = q.new_empty(shape.lse_shape, dtype=torch.float32)
-    if shape.empty:
+    if known is None:
+        plan = None
+        if not shape.empty:
+            params = _lib.AttnFwdParams(*(strided(x) for x in (q, k, v, out)))
+            _fill_common(
+                params, shape, q.dtype, softmax_scale, causal, window_left, window_right, softcap
+            )
+            params.options = options
+            plan = Plan("fa3_attn_fwd", params, q.device, _FORWARD_POINTERS)
+        known = remember(_forwards, key, _Known(shape, plan))
+    if known.plan is None:
         # Rows that belong to no sequence have no kernel to write them.
         return out.zero_(), lse.fill_(float("-inf"))
-    params = _lib.AttnFwdParams(strided(q), strided(k), strided(v), strided(out), lse.data_ptr())
-    _fill_common(
-        params, shape, q, softmax_scale, causal, window_left, window_right, softcap,
-        cu_seqlens_q, cu_seqlens_k, sink,
+    known.plan.launch(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        address(cu_seqlens_q), address(cu_seqlens_k), address(sink),
     )  # fmt: skip
-    params.options = options
-    call("fa3_attn_fwd", params, q.device)
     return out, lse
 
 
@@ -211,39 +225,68 @@ def _kernel_ready(x: Tensor) -> Tensor:
     )
 
 
-def _launch_backward(
-    shape, dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink, dsink, grads, accums,
-    softmax_scale, causal, window_left, window_right, softcap, deterministic, options,
-) -> None:  # fmt: skip
-    null = _lib.Tensor()
-    dout, out, lse = _kernel_ready(dout), _kernel_ready(out), lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    views = [strided(x) for x in (q, k, v, out, dout)]
-    views += [null if x is None else strided(x) for x in (*grads, *accums)]
-    params = _lib.AttnBwdParams(*views, lse.data_ptr(), pointer(dlse))
-    _fill_common(
-        params, shape, q, softmax_scale, causal, window_left, window_right, softcap,
-        cu_seqlens_q, cu_seqlens_k, sink,
+def _backward_request(
+    dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k,
+    softmax_scale, causal, window_left, window_right, softcap, deterministic, options, accums,
+) -> tuple[Key, _Known | None, AttentionShape]:  # fmt: skip
+    """The key of a backward, what is known under it, and its sizes after all checks."""
+    key = (
+        meta(dout), meta(q), meta(k), meta(v), meta(out), meta(lse), meta(dlse),
+        meta(cu_seqlens_q), meta(cu_seqlens_k), meta(sink), max_seqlen_q, max_seqlen_k,
+        softmax_scale, causal, window_left, window_right, softcap, deterministic, options,
+        *map(meta, accums),
     )  # fmt: skip
-    params.dsink = pointer(dsink)
-    params.deterministic = int(deterministic)
-    params.options = options
-    call("fa3_attn_bwd", params, q.device)
+    known = _backwards.get(key)
+    if known is not None:
+        _recheck(q, k, v, cu_seqlens_q, cu_seqlens_k, known.shape)
+        return key, known, known.shape
+    shape = check_request(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k)
+    check_backward(shape, q, dout, out, lse, dlse)
+    _require_device(q)
+    return key, None, shape
+
+
+def _launch_backward(
+    key, known, shape, dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink, dsink,
+    grads, accums, softmax_scale, causal, window_left, window_right, softcap, deterministic,
+    options,
+) -> None:  # fmt: skip
+    if known is None:
+        null = _lib.Tensor()
+        views = [strided(x) for x in (q, k, v, out, dout)]
+        views += [null if x is None else strided(x) for x in (*grads, *accums)]
+        params = _lib.AttnBwdParams(*views)
+        _fill_common(
+            params, shape, q.dtype, softmax_scale, causal, window_left, window_right, softcap
+        )
+        params.deterministic = int(deterministic)
+        params.options = options
+        plan = Plan("fa3_attn_bwd", params, q.device, _BACKWARD_POINTERS)
+        known = remember(_backwards, key, _Known(shape, plan))
+    known.plan.launch(
+        *(x.data_ptr() for x in (q, k, v, out, dout)), *(address(x) for x in (*grads, *accums)),
+        lse.data_ptr(), address(dlse), address(cu_seqlens_q), address(cu_seqlens_k),
+        address(sink), address(dsink),
+    )  # fmt: skip
 
 
 def _attn_bwd(
     dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k,
     softmax_scale, causal, window_left, window_right, softcap, deterministic, options=0,
 ):  # fmt: skip
-    shape = check_request(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k)
-    check_backward(shape, q, dout, out, lse, dlse)
-    _require_device(q)
+    dout, out, lse = _kernel_ready(dout), _kernel_ready(out), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    key, known, shape = _backward_request(
+        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q,
+        max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap, deterministic,
+        options, (),
+    )  # fmt: skip
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     dsink = q.new_empty(0 if sink is None else sink.shape[0], dtype=torch.float32)
     if shape.empty or shape.total_k == 0:
         return (*(g.zero_() for g in grads), _dsink_without_keys(dsink, sink, out, dout, lse, dlse))
     _launch_backward(
-        shape, dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink,
+        key, known, shape, dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink,
         None if sink is None else dsink, grads, (None, None, None),
         softmax_scale, causal, window_left, window_right, softcap, deterministic, options,
     )  # fmt: skip
@@ -287,19 +330,23 @@ def _attn_bwd_accumulate(
     max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap,
     deterministic, options=0,
 ):  # fmt: skip
-    shape = check_request(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k)
-    check_backward(shape, q, dout, out, lse, dlse)
+    dout, out, lse = _kernel_ready(dout), _kernel_ready(out), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    key, known, shape = _backward_request(
+        dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q,
+        max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap, deterministic,
+        options, (dq, dk, dv),
+    )  # fmt: skip
     check_accumulators(q, k, v, sink, dq, dk, dv, dsink)
     for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
         checks.check_hopper_tensor(name, x, (torch.float32,))
-    _require_device(q)
     if shape.empty or shape.total_k == 0:
         if dsink is not None:
             dsink += _dsink_without_keys(torch.empty_like(dsink), sink, out, dout, lse, dlse)
         return
     share = None if dsink is None else torch.empty_like(dsink, dtype=torch.float32)
     _launch_backward(
-        shape, dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink, share,
+        key, known, shape, dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink, share,
         (None, None, None), (dq, dk, dv),
         softmax_scale, causal, window_left, window_right, softcap, deterministic, options,
     )  # fmt: skip

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fa3_train.checks import AttentionShape
-from fa3_train.ops.hopper import mark_constant
+from fa3_train.ops.launch import mark_constant
 from fa3_train.reference import visible
 
 

@@ -8,7 +8,7 @@ from torch._dynamo import testing as dynamo_testing
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from fa3_train import numerics, reference
-from fa3_train.ops import backends
+from fa3_train.ops import attention, backends, hopper
 from fa3_train.ops.attention import (
     attn_bwd_accumulate,
     attn_fwd,
@@ -66,6 +66,7 @@ def test_forward_backward_and_lse_gradient(packed):
 
 def test_auto_is_hopper_here(caplog):
     backends._choose.cache_clear()
+    attention._requests.clear()
     q, k, v = inputs()
     with caplog.at_level("INFO", logger="fa3_train.backend"):
         a = flash_attn_func(q, k, v)
@@ -237,6 +238,29 @@ def test_ring_of_two_key_blocks():
     base = reference.attention_gradients(dout, q, k, v, emulated=True)
     judge((out, dq - 1, dk - 1, dv - 1), (truth[0], *truth[2][:3]), (base[0], *base[2][:3]),
           ("out", "dq", "dk", "dv"))  # fmt: skip
+
+
+def test_known_plans_serve_other_tensors():
+    """Second calls take the short way: other addresses, misaligned ones, other strides."""
+    hopper._forwards.clear()
+    hopper._backwards.clear()
+    whole = torch.randn(2, 151, 8, 64, device="cuda").bfloat16()
+    results = []
+    for start in (0, 1):
+        q, k, v = (whole[:, start : start + 150, a:b] for a, b in ((0, 4), (4, 6), (6, 8)))
+        for copy in (False, True):
+            leaves = [(x.clone() if copy else x).detach().requires_grad_() for x in (q, k, v)]
+            out = flash_attn_func(*leaves, causal=True, deterministic=True, backend="hopper")
+            grads = torch.autograd.grad(out.float().square().sum(), leaves)
+            results.append((out, *grads))
+    for i in (0, 2):
+        assert all(torch.equal(a, b) for a, b in zip(results[i], results[i + 1], strict=True))
+    assert not torch.equal(results[0][0], results[2][0])
+    assert len(hopper._forwards) == 2 and len(hopper._backwards) == 2
+    buffer = torch.zeros(2 * 150 * 8 * 64 + 1, device="cuda", dtype=torch.bfloat16)
+    flash_attn_func(*(buffer[:-1].view(2, 150, 8, 64),) * 3, backend="hopper")
+    with pytest.raises(ValueError, match="q: the address must be a multiple of 16 bytes"):
+        flash_attn_func(*(buffer[1:].view(2, 150, 8, 64),) * 3, backend="hopper")
 
 
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])

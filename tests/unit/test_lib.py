@@ -191,6 +191,45 @@ def test_missing_entry_point_and_refused_workspace(tmp_path):
         library.workspace("fa3_attn_fwd", _lib.AttnFwdParams())
 
 
+class TestTemplate:
+    POINTERS = ("q.ptr", "out.ptr", "lse", "workspace", "stream")
+
+    def params(self, values=(0, 0, 0, None, None)):
+        params = _lib.AttnFwdParams()
+        params.q.stride_token, params.v.stride_head = 77, -5
+        params.softmax_scale, params.head_dim_v, params.workspace_bytes = 0.125, 64, 1 << 40
+        params.q.ptr, params.out.ptr, params.lse, params.workspace, params.stream = values
+        return params
+
+    def test_a_filled_template_is_the_struct(self):
+        values = (0xFFFF_0000_1234_5678, 2, 3, 4, 5)
+        template = _lib.Template(self.params(), self.POINTERS)
+        assert template.fill(*values).tobytes() == bytes(self.params(values))
+        # another call does not see the last one's pointers
+        assert template.fill(0, 0, 0, 0, 0).tobytes() == bytes(self.params())
+
+    def test_every_pointer_is_given(self):
+        with pytest.raises(ValueError, match="shorter|longer"):
+            _lib.Template(self.params(), self.POINTERS).fill(1, 2)
+
+    def test_every_struct_is_whole_words_and_pointers_are_words(self):
+        for struct in _lib.STRUCTS.values():
+            assert ctypes.sizeof(struct) % 8 == 0
+            for name, kind in struct._fields_:
+                if kind is ctypes.c_void_p:
+                    assert getattr(struct, name).offset % 8 == 0
+
+    @needs_cc
+    def test_the_library_gets_the_words(self, tmp_path):
+        good = _lib.Library(compile_library(tmp_path))
+        words = _lib.Template(self.params(), self.POINTERS).fill(1, 2, 3, 4, 5)
+        good.call_words("fa3_attn_fwd", words)
+        (tmp_path / "bad").mkdir()
+        bad = _lib.Library(compile_library(tmp_path / "bad", status=1))
+        with pytest.raises(_lib.InvalidArgument, match="head_dim must be even"):
+            bad.call_words("fa3_attn_fwd", words)
+
+
 class TestSearch:
     def test_order(self, monkeypatch):
         monkeypatch.delenv(_lib.ENV_VARIABLE, raising=False)

@@ -84,8 +84,10 @@ def kernels(_cpu_implementations, monkeypatch):
     """backend='hopper' reaches the ops above."""
     monkeypatch.setitem(backends._PROBLEMS, "hopper", lambda *request: None)
     backends._choose.cache_clear()
+    attention._requests.clear()
     yield
     backends._choose.cache_clear()
+    attention._requests.clear()
 
 
 # --- values and gradients of the backends ---
@@ -256,6 +258,42 @@ def test_only_lse_is_used(kernels):
     _, lse = flash_attn_func(q, k, v, return_lse=True, backend="hopper")
     dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
     assert dq.abs().sum() > 0 and dk.abs().sum() > 0 and not dv.any()
+
+
+def test_known_requests_are_still_checked(kernels):
+    """The memory of earlier calls must not let a bad one through, nor a wrong type."""
+    q, k, v = half(8, 4, 16), half(8, 2, 16), half(8, 2, 16)
+    cu = offsets(3, 5)
+
+    def call(cu=cu, causal=True, window=(-1, -1), deterministic=False):
+        return flash_attn_varlen_func(
+            q, k, v, cu, cu, 5, 5, causal=causal, window_size=window, deterministic=deterministic,
+            backend="hopper",
+        )  # fmt: skip
+
+    first = call()
+    assert torch.equal(call(), first)
+    with pytest.raises(ValueError, match=r"cu_seqlens_q\[2\]: must be at least 5, got 4"):
+        call(torch.tensor([0, 5, 4], dtype=torch.int32))
+    with pytest.raises(ValueError, match="max_seqlen_q: must be at least the length"):
+        call(offsets(2, 6))
+    with pytest.raises(ValueError, match="causal: must be True or False, got 1"):
+        call(causal=1)
+    with pytest.raises(ValueError, match=r"window_size\[0\]: must be an int"):
+        call(window=(-1.0, -1))
+    assert torch.equal(call(window=[-1, -1]), first)  # a list cannot be a key, and need not
+
+
+def test_known_requests_follow_the_rule_of_determinism():
+    q = torch.randn(1, 4, 2, 8)
+    before = len(attention._requests)
+    for switch in (False, True, False):
+        torch.use_deterministic_algorithms(switch)
+        try:
+            flash_attn_func(q, q, q, deterministic=True, backend="sdpa")
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert len(attention._requests) == before + 2
 
 
 def test_second_derivative_is_refused(kernels):
