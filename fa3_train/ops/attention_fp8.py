@@ -128,6 +128,8 @@ def _unrotate(dq, dk, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call, dt
 class _AttentionFp8(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call):
+        # None: the same as cu_q. torch.compile refuses one tensor as two arguments.
+        cu_k = cu_q if cu_k is None else cu_k
         codes = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
         out, lse = _attend(*codes, cu_q, cu_k, call, q.dtype)
         ctx.save_for_backward(*codes, out, lse, cos, sin, signs, position_ids, cu_q, cu_k)
@@ -257,7 +259,8 @@ def _attention_fp8(
         (shape.seqlen_q, shape.seqlen_k), scale, left, right, interleaved, two_level, chosen
     )
     if needs_grad:
-        out, lse = _AttentionFp8.apply(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
+        other = None if cu_k is cu_q else cu_k
+        out, lse = _AttentionFp8.apply(q, k, v, cos, sin, signs, position_ids, cu_q, other, call)
     else:
         codes = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
         out, lse = _attend(*codes, cu_q, cu_k, call, q.dtype)

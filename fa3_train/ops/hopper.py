@@ -140,14 +140,14 @@ _forwards: dict[Key, _Known] = {}
 _backwards: dict[Key, _Known] = {}
 
 
-def _recheck(
+def recheck(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    shape: AttentionShape,
+    shape: AttentionShape, dtypes: tuple[torch.dtype, ...] = checks.HOPPER_DTYPES,
 ) -> None:  # fmt: skip
     """The rules that a known key does not settle: addresses, and values where they are read."""
     if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % checks.ALIGNMENT_BYTES:
         for name, x in (("q", q), ("k", k), ("v", v)):
-            checks.check_hopper_tensor(name, x)
+            checks.check_hopper_tensor(name, x, dtypes)
     checks.recheck_cu_seqlens(cu_seqlens_q, cu_seqlens_k, shape)
 
 
@@ -166,7 +166,7 @@ def _attn_fwd(
         _require_device(q)
     else:
         shape = known.shape
-        _recheck(q, k, v, cu_seqlens_q, cu_seqlens_k, shape)
+        recheck(q, k, v, cu_seqlens_q, cu_seqlens_k, shape)
     out = q.new_empty(shape.out_shape)
     lse = q.new_empty(shape.lse_shape, dtype=torch.float32)
     if known is None:
@@ -238,7 +238,7 @@ def _backward_request(
     )  # fmt: skip
     known = _backwards.get(key)
     if known is not None:
-        _recheck(q, k, v, cu_seqlens_q, cu_seqlens_k, known.shape)
+        recheck(q, k, v, cu_seqlens_q, cu_seqlens_k, known.shape)
         return key, known, known.shape
     shape = check_request(q, k, v, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k)
     check_backward(shape, q, dout, out, lse, dlse)
