@@ -131,11 +131,15 @@ def test_optional_packages_are_imported_when_used(path):
 
 @pytest.mark.parametrize("package", ONE_FILE)
 def test_optional_packages_live_in_one_file(package):
-    """One file in each part: an engine or a module may know it, and one integration may."""
+    """One file in each part: an engine or a module may know it, and one integration may.
+
+    Benchmarks are left out: each runs beside the package it compares with.
+    """
     users: dict[str, set[str]] = {}
     for path in FILES:
         if any(module.split(".")[0] == package for module, _, _ in imports(path)):
             users.setdefault(part_of(name_of(path)), set()).add(str(path.relative_to(ROOT)))
+    users.pop("bench", None)
     for part, files in users.items():
         assert len(files) == 1, f"{package} is imported in {sorted(files)}"
         assert part in {"integrations", "modules", "models", "train", "doctor"}, files
