@@ -7,7 +7,7 @@ import torch
 from torch._dynamo import testing as dynamo_testing
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
-from fa3_train import numerics, reference
+from fa3_train import flash_attn_fp8_varlen_func, numerics, reference, reference_fp8
 from fa3_train.ops import attention, backends, hopper
 from fa3_train.ops.attention import (
     attn_bwd_accumulate,
@@ -160,6 +160,26 @@ def test_compile_packed_dynamic_lengths():
         assert all(torch.equal(x, y) for x, y in zip(*grads, strict=True))
     # Older torch takes an int for a constant until it changes once: never a compilation a length.
     assert counter.frame_count <= 2
+
+
+def test_compile_fp8_packed_without_graph_break():
+    args = [x.detach().requires_grad_() for x in inputs(packed=True)]
+    cu, signs = offsets(200, 100), reference_fp8.random_signs(64).cuda()
+    angle = torch.arange(200, device="cuda")[:, None] / 10.0 ** torch.arange(32, device="cuda")
+    cos, sin = angle.cos(), angle.sin()
+
+    def step(q, k, v):
+        return flash_attn_fp8_varlen_func(
+            q, k, v, cu, cu, 200, 200, causal=True, cos=cos, sin=sin, signs=signs, backend="hopper"
+        )
+
+    expected = step(*args)
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(*args)
+    assert torch.equal(out, expected)
+    dout = torch.randn_like(out)
+    pairs = zip(*(torch.autograd.grad(x, args, dout) for x in (out, expected)), strict=True)
+    for a, b in pairs:  # dQ is summed in any order
+        assert numerics.relative_rms_error(a, b) < numerics.AGREEMENT
 
 
 def test_cuda_graph_of_forward_and_backward():
