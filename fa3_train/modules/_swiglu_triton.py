@@ -17,8 +17,8 @@ _WARPS = 8
 
 @triton.jit
 def _forward_kernel(x_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     gate = tl.load(x_ptr + row * stride + at, mask=inside).to(tl.float32)
     up = tl.load(x_ptr + row * stride + width + at, mask=inside).to(tl.float32)
@@ -28,8 +28,8 @@ def _forward_kernel(x_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def _backward_kernel(x_ptr, dout_ptr, dx_ptr, stride, dout_stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
     gate = tl.load(x_ptr + row * stride + at, mask=inside).to(tl.float32)
     up = tl.load(x_ptr + row * stride + width + at, mask=inside).to(tl.float32)
@@ -43,7 +43,7 @@ def _backward_kernel(x_ptr, dout_ptr, dx_ptr, stride, dout_stride, width, BLOCK:
 
 
 def _grid(rows: int, width: int) -> tuple[int, int]:
-    return triton.cdiv(width, _BLOCK), rows
+    return rows, triton.cdiv(width, _BLOCK)  # rows first: only this axis goes beyond 65535
 
 
 class _SwiGLU(torch.autograd.Function):

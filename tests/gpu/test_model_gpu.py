@@ -97,7 +97,7 @@ def test_cross_entropy_of_llama3_needs_one_chunk_of_memory():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 5, 88), (257, 2 * 2049), (0, 64)])
+@pytest.mark.parametrize("shape", [(3, 5, 88), (257, 2 * 2049), (70_000, 16), (0, 64)])
 def test_swiglu_kernel(dtype, shape):
     from fa3_train.modules.mlp import gated
 
@@ -202,10 +202,9 @@ def test_bf16_loss_and_gradients(backend, change, policy):
     judge(model, batch, run(model, batch, labelled=False), loss, grads, weights)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "hopper"])
-def test_compiled_layers(backend):
+def test_compiled_layers():
     config = CONFIG.replace(
-        attention_backend=backend, compile_layers=True, activation_checkpointing="selective"
+        attention_backend="hopper", compile_layers=True, activation_checkpointing="selective"
     )
     model = bf16_model(config).cuda()
     weights = dict(model.named_parameters())
