@@ -11,8 +11,8 @@
 // registers, and results leave from a second buffer. Nothing but the maximum couples warps, and the groups of an SM
 // run out of step, which hides the phases of one behind those of the others.
 //
-// This is the general kernel: any rotation, head dims 64 to 256, blocks of 64 or 128 tokens. At head dims 64 and 128 the
-// usual cases go to mma.cuh, which needs fewer instructions (docs/preprocess.md has the numbers).
+// This is the general kernel: any rotation, head dims 64 to 256, blocks of 64 or 128 tokens. At head dims 64 and 128
+// the usual cases go to mma.cuh, which needs fewer instructions (docs/preprocess.md has the numbers).
 #pragma once
 #include "prep/items.cuh"
 #include "prep/row_io.cuh"
@@ -24,7 +24,7 @@ struct BlockTraits : RowShape<D> {
   // Registers bind: 168 a thread at 12 warps hold 128 values, 128 at 16 hold 64; two lanes a row at 8 warps.
   static constexpr int kThreads = D == 64 ? 512 : D <= 128 ? 384 : 256;
   static constexpr int kWarps = kThreads / 32;
-  static FA3_HD constexpr int slabs(int bytes_per_element) { return (D * bytes_per_element + kSlabBytes - 1) / kSlabBytes; }
+  static FA3_HD constexpr int slabs(int element_bytes) { return (D * element_bytes + kSlabBytes - 1) / kSlabBytes; }
 };
 
 template <int D>

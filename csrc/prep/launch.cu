@@ -107,16 +107,16 @@ int slab_bytes(int head_dim, int element, int rows) {
   return ceil_div(head_dim * element, kSlabBytes) * rows * kSlabBytes;
 }
 
-// (head_dim, head, token, batch), box of `columns` x `heads` x `tokens`.
+// (head_dim, head, token, batch), box of one slab x `heads` x `tokens`.
 int encode_rows(CUtensorMap* map, const char* name, const fa3_tensor& tensor, int dtype, const fa3_prep_params& p,
-                int head_count, int columns, int heads, int tokens, int swizzle_bytes) {
+                int head_count, int heads, int tokens) {
   const int bytes = dtype_bytes(dtype);
   TensorMapShape shape{};
   shape.rank = 4;
-  shape.swizzle_bytes = swizzle_bytes;
+  shape.swizzle_bytes = kSlabBytes;
   const int64_t dims[4] = {p.head_dim, head_count, p.cu_seqlens ? p.total : p.seqlen, p.cu_seqlens ? 1 : p.batch};
   const int64_t strides[3] = {tensor.stride_head * bytes, tensor.stride_token * bytes, tensor.stride_batch * bytes};
-  const int box[4] = {columns, heads, tokens, 1};
+  const int box[4] = {kSlabBytes / bytes, heads, tokens, 1};
   for (int i = 0; i < 4; ++i) shape.dims[i] = dims[i], shape.box[i] = box[i];
   for (int i = 0; i < 3; ++i) shape.strides_bytes[i] = strides[i];
   return encode_tensor_map(map, name, dtype, tensor.ptr, shape);
@@ -133,8 +133,8 @@ int launch(const Kernel& kernel, int blocks, int warps, int shared_bytes, void* 
 
 // ---- the block kernel ------------------------------------------------------------------------
 
-// Into how many items the heads of a block are cut: the makespan of `sm_count` thread blocks that take items in turn, in
-// units of one tile per group. An item costs its rounds and `fill` more (barriers, filling the table).
+// Into how many items the heads of a block are cut: the makespan of `sm_count` thread blocks that take items in turn,
+// in units of one tile per group. An item costs its rounds and `fill` more (barriers, filling the table).
 int choose_phases(int64_t blocks, int heads, int groups, int sm_count, int fill) {
   int best = 1;
   int64_t best_cost = INT64_MAX;
@@ -198,8 +198,8 @@ int launch_blocks(const fa3_prep_params& p, const int* chosen, int count, const 
   for (int i = 0; i < count; ++i) {
     const fa3_prep_tensor& tensor = p.tensors[chosen[i]];
     const char* name = kTensorNames[chosen[i]];
-    FA3_TRY(encode_rows(&block.in[i], name, tensor.x, p.in_dtype, p, tensor.heads, kSlabBytes / 2, 1, kernel.rows, kSlabBytes));
-    FA3_TRY(encode_rows(&block.out[i], name, tensor.out, FA3_E4M3, p, tensor.heads, kSlabBytes, 1, kernel.rows, kSlabBytes));
+    FA3_TRY(encode_rows(&block.in[i], name, tensor.x, p.in_dtype, p, tensor.heads, 1, kernel.rows));
+    FA3_TRY(encode_rows(&block.out[i], name, tensor.out, FA3_E4M3, p, tensor.heads, 1, kernel.rows));
   }
   const int grid = block.items < device.sm_count ? block.items : device.sm_count;
   return launch(kernel, grid, warps, shared_bytes, &block, p.stream, "fa3_prep: launch of the block kernel");
@@ -239,8 +239,7 @@ int launch_mma(const fa3_prep_params& p, const int* chosen, int count, const Dev
     rope |= tensor.rope != 0;
     if (tensor.rope) mma.turned = 1, mma.turned_hadamard = tensor.hadamard;
     else mma.straight = 1, mma.straight_hadamard = tensor.hadamard;
-    FA3_TRY(encode_rows(&mma.in[i], kTensorNames[chosen[i]], tensor.x, p.in_dtype, p, tensor.heads, kSlabBytes / 2, 1,
-                        kWarpgroupRows, kSlabBytes));
+    FA3_TRY(encode_rows(&mma.in[i], kTensorNames[chosen[i]], tensor.x, p.in_dtype, p, tensor.heads, 1, kWarpgroupRows));
   }
   mma.rotation = rotation_of(p, rope);
   mma.sequences = sequences_of(p);
@@ -260,8 +259,8 @@ int launch_mma(const fa3_prep_params& p, const int* chosen, int count, const Dev
                                : mma.straight_offset + (mma.straight ? Traits::kParts * Traits::kMatrixBytes : 0);
   mma.control_offset = mma.table_offset + (rope ? Traits::kTableBytes : 0);
   const int shared_bytes = mma.control_offset + kernel.control_bytes;
-  static_assert(Traits::kWarpgroups * Traits::kStages * Traits::kStageBytes + 2 * Traits::kParts * Traits::kMatrixBytes +
-                        Traits::kTableBytes + int(sizeof(MmaControl<D>)) <= kSharedBytesPerBlock,
+  static_assert(Traits::kWarpgroups * Traits::kStages * Traits::kStageBytes + Traits::kTableBytes +
+                        2 * Traits::kParts * Traits::kMatrixBytes + int(sizeof(MmaControl<D>)) <= kSharedBytesPerBlock,
                 "buffers, both sets of matrices and the table must fit");
   const int grid = mma.items < device.sm_count ? mma.items : device.sm_count;
   return launch(kernel, grid, kernel.warps, shared_bytes, &mma, p.stream, "fa3_prep: launch of the tensor-core kernel");
@@ -312,9 +311,9 @@ int launch_tokens(const fa3_prep_params& p, const int* chosen, int count, const 
     rope |= t.rope != 0;
     hadamard |= t.hadamard != 0;
     const char* name = kTensorNames[chosen[i]];
-    const int in_columns = kSlabBytes / dtype_bytes(p.in_dtype);
-    FA3_TRY(encode_rows(&token.in[i], name, tensor.x, p.in_dtype, p, tensor.heads, in_columns, 1 << t.heads_log2, 1 << tokens_log2, kSlabBytes));
-    FA3_TRY(encode_rows(&token.out[i], name, tensor.out, p.out_dtype, p, tensor.heads, kSlabBytes / 2, 1 << t.heads_log2, 1 << tokens_log2, kSlabBytes));
+    const int box_heads = 1 << t.heads_log2, box_tokens = 1 << tokens_log2;
+    FA3_TRY(encode_rows(&token.in[i], name, tensor.x, p.in_dtype, p, tensor.heads, box_heads, box_tokens));
+    FA3_TRY(encode_rows(&token.out[i], name, tensor.out, p.out_dtype, p, tensor.heads, box_heads, box_tokens));
   }
   for (int i = 0; i < count; ++i) {
     TokenTensor& t = token.tensors[i];

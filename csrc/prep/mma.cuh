@@ -8,10 +8,10 @@
 // Where nothing precedes the transform, wgmma reads x straight from the TMA buffer, and no element passes through a
 // register before it is an FP32 sum. A tensor without transform multiplies by the identity: V costs nothing extra.
 //
-// Rotated elements come from registers, as high and low bf16 parts: 16 bits, enough for one e4m3 step. The matrix absorbs
-// all orders: its rows follow the order in which a thread's eight neighbouring elements fill the A fragment, its
-// columns the order that puts 16 (e4m3) or 8 (16-bit) neighbouring results into a thread. So x, cos and sin are read
-// and results written 16 bytes at a time.
+// Rotated elements come from registers, as high and low bf16 parts: 16 bits, enough for one e4m3 step. The matrix
+// absorbs all orders: its rows follow the order in which a thread's eight neighbouring elements fill the A fragment,
+// its columns the order that puts 16 (e4m3) or 8 (16-bit) neighbouring results into a thread. So x, cos and sin are
+// read and results written 16 bytes at a time.
 //
 // Work items, cos and sin in shared memory, and the block maximum are as in blocks.cuh; a group is two warpgroups.
 #pragma once
@@ -78,7 +78,7 @@ FA3_DEVICE void build_matrix(unsigned char* matrix, const MmaParams& p, bool had
   }
 }
 
-// cos and sin of the item's tokens -> shared memory, in the order of the fragments: [16 rows][row half][block][unit][lane].
+// cos and sin of the item's tokens -> shared memory, in fragment order: [16 rows][row half][block][unit][lane].
 template <int D>
 FA3_DEVICE void fill_fragments(const MmaParams& p, const Item& it, uint32_t table, bool permuted) {
   using Traits = MmaTraits<D>;
@@ -235,10 +235,11 @@ __global__ void __launch_bounds__(MmaTraits<D>::kThreads, 1) mma_kernel(const __
   } else {
 #pragma unroll 1
     for (int m = 0; m < kParts; ++m) {
+      const int at = m * Traits::kMatrixBytes;
       if (p.turned)
-        build_matrix<D, bf16>(shared + p.matrix_offset + m * Traits::kMatrixBytes, p, p.turned_hadamard, true, false, m, m);
+        build_matrix<D, bf16>(shared + p.matrix_offset + at, p, p.turned_hadamard, true, false, m, m);
       if (p.straight)
-        build_matrix<D, Elem>(shared + p.straight_offset + m * Traits::kMatrixBytes, p, p.straight_hadamard, false, false, m, m);
+        build_matrix<D, Elem>(shared + p.straight_offset + at, p, p.straight_hadamard, false, false, m, m);
     }
   }
   fence_proxy_async_shared();  // wgmma reads the matrices
@@ -267,8 +268,8 @@ __global__ void __launch_bounds__(MmaTraits<D>::kThreads, 1) mma_kernel(const __
         mbar_arrive_expect_tx(full + 8 * stage, Traits::kStageBytes);
 #pragma unroll
         for (int s = 0; s < kParts; ++s)
-          tma_load_4d(stages + stage * Traits::kStageBytes + s * kWarpgroupRows * kSlabBytes, &p.in[t], full + 8 * stage,
-                      kL2EvictNormal, s * kSlabBytes / 2, head, token, batch);
+          tma_load_4d(stages + stage * Traits::kStageBytes + s * kWarpgroupRows * kSlabBytes, &p.in[t],
+                      full + 8 * stage, kL2EvictNormal, s * kSlabBytes / 2, head, token, batch);
       }
       __syncwarp();
       ++requested;
@@ -317,7 +318,8 @@ __global__ void __launch_bounds__(MmaTraits<D>::kThreads, 1) mma_kernel(const __
                                      p.rotation.interleaved != 0);
       } else {
         const uint64_t a = descriptor_at(descriptor_form<128>(16), x);
-        const uint64_t b = descriptor_at(descriptor_form<128>(16), kInverse ? matrices : smem_addr(shared) + p.straight_offset);
+        const uint32_t set = kInverse ? matrices : smem_addr(shared) + p.straight_offset;
+        const uint64_t b = descriptor_at(descriptor_form<128>(16), set);
         using Product = Wgmma<Elem, 64>;
         wgmma_fence();
 #pragma unroll
@@ -363,7 +365,8 @@ __global__ void __launch_bounds__(MmaTraits<D>::kThreads, 1) mma_kernel(const __
         named_sync(1 + group, 2 * kWarpgroupThreads);
         const uint4 low = lds128(smem_addr(&control.amax[buffer][group * 8]));
         const uint4 high = lds128(smem_addr(&control.amax[buffer][group * 8 + 4]));
-        const uint32_t bits = max(max(max(low.x, low.y), max(low.z, low.w)), max(max(high.x, high.y), max(high.z, high.w)));
+        const uint32_t bits =
+            max(max(max(low.x, low.y), max(low.z, low.w)), max(max(high.x, high.y), max(high.z, high.w)));
         buffer ^= 1;
         const BlockScale block = block_scale(bits, scale);
         scale = block.inverse;
@@ -396,8 +399,9 @@ __global__ void __launch_bounds__(MmaTraits<D>::kThreads, 1) mma_kernel(const __
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
             const float* v = f[part];
-            const uint4 codes = make_uint4(pack4_e4m3(v[0], v[1], v[2], v[3]), pack4_e4m3(v[4], v[5], v[6], v[7]),
-                                           pack4_e4m3(v[8], v[9], v[10], v[11]), pack4_e4m3(v[12], v[13], v[14], v[15]));
+            const uint4 codes =
+                make_uint4(pack4_e4m3(v[0], v[1], v[2], v[3]), pack4_e4m3(v[4], v[5], v[6], v[7]),
+                           pack4_e4m3(v[8], v[9], v[10], v[11]), pack4_e4m3(v[12], v[13], v[14], v[15]));
             if (there[h]) *reinterpret_cast<uint4*>(dst + part * 64 + q * 16) = codes;
           }
         } else {

@@ -21,8 +21,9 @@ constexpr const char* kTensorNames[kMaxTensors] = {"tensors[0]", "tensors[1]", "
 int check_dequantize(const fa3_prep_params& p, int t) {
   const fa3_prep_tensor& tensor = p.tensors[t];
   if (tensor.rope || tensor.hadamard || tensor.quantize || p.inverse)
-    return fail(FA3_INVALID_ARGUMENT, "%s: rope, hadamard, quantize and inverse must be 0 with in_dtype e4m3, got %d, %d, %d, %d",
-                kFunction, tensor.rope, tensor.hadamard, tensor.quantize, p.inverse);
+    return fail(FA3_INVALID_ARGUMENT,
+                "%s: rope, hadamard, quantize and inverse must be 0 with in_dtype e4m3, got %d, %d, %d, %d", kFunction,
+                tensor.rope, tensor.hadamard, tensor.quantize, p.inverse);
   if (!has_transform(p.head_dim))
     return fail(FA3_UNSUPPORTED, "%s: head_dim must be 64, 96, 128, 192 or 256 with in_dtype e4m3, got %d", kFunction,
                 p.head_dim);
@@ -35,15 +36,18 @@ int check_stages(const fa3_prep_params& p, int t) {
       {"rope", tensor.rope}, {"hadamard", tensor.hadamard}, {"quantize", tensor.quantize}};
   for (const auto& flag : flags)
     if (flag.value != 0 && flag.value != 1)
-      return fail(FA3_INVALID_ARGUMENT, "%s: tensors[%d].%s must be 0 or 1, got %d", kFunction, t, flag.name, flag.value);
+      return fail(FA3_INVALID_ARGUMENT, "%s: tensors[%d].%s must be 0 or 1, got %d", kFunction, t, flag.name,
+                  flag.value);
   if (!tensor.rope && !tensor.hadamard && !tensor.quantize)
-    return fail(FA3_INVALID_ARGUMENT, "%s: tensors[%d] has no stage on (rope, hadamard and quantize are 0)", kFunction, t);
+    return fail(FA3_INVALID_ARGUMENT, "%s: tensors[%d] has no stage on (rope, hadamard and quantize are 0)", kFunction,
+                t);
   if (p.inverse && tensor.quantize)
     return fail(FA3_INVALID_ARGUMENT, "%s: tensors[%d].quantize must be 0 with inverse (the gradient passes straight "
                 "through the quantization), got 1", kFunction, t);
   if ((tensor.descale != nullptr) != (tensor.quantize != 0))
-    return fail(FA3_INVALID_ARGUMENT, "%s: tensors[%d].descale must be given exactly with quantize, got %p with quantize %d",
-                kFunction, t, static_cast<void*>(tensor.descale), tensor.quantize);
+    return fail(FA3_INVALID_ARGUMENT,
+                "%s: tensors[%d].descale must be given exactly with quantize, got %p with quantize %d", kFunction, t,
+                static_cast<void*>(tensor.descale), tensor.quantize);
   if ((tensor.hadamard || tensor.quantize) && !has_transform(p.head_dim))
     return fail(FA3_UNSUPPORTED, "%s: head_dim must be 64, 96, 128, 192 or 256 with hadamard or quantize, got %d",
                 kFunction, p.head_dim);
@@ -56,13 +60,14 @@ int check_rotation(const fa3_prep_params& p) {
   if (p.positions < 1)
     return fail(FA3_INVALID_ARGUMENT, "%s: positions must be at least 1, got %d", kFunction, p.positions);
   if (p.rotary_dim < 2 || p.rotary_dim % 2 != 0 || p.rotary_dim > p.head_dim)
-    return fail(FA3_INVALID_ARGUMENT, "%s: rotary_dim must be even, at least 2 and at most head_dim (%d), got %d", kFunction,
-                p.head_dim, p.rotary_dim);
+    return fail(FA3_INVALID_ARGUMENT, "%s: rotary_dim must be even, at least 2 and at most head_dim (%d), got %d",
+                kFunction, p.head_dim, p.rotary_dim);
   bool rows = false;
   for (int t = 0; t < p.num_tensors; ++t) rows |= p.tensors[t].rope && (p.tensors[t].hadamard || p.tensors[t].quantize);
   const int step = p.interleaved ? 8 : p.head_dim >= 192 ? 32 : 16;
   if (rows && p.rotary_dim % step != 0)
-    return fail(FA3_UNSUPPORTED, "%s: rotary_dim must be a multiple of %d with hadamard or quantize at head_dim %d (%s), got %d",
+    return fail(FA3_UNSUPPORTED,
+                "%s: rotary_dim must be a multiple of %d with hadamard or quantize at head_dim %d (%s), got %d",
                 kFunction, step, p.head_dim, p.interleaved ? "interleaved" : "not interleaved", p.rotary_dim);
   return FA3_OK;
 }
@@ -71,8 +76,8 @@ int check_arguments(const fa3_prep_params& p) {
   if (p.num_tensors < 1 || p.num_tensors > kMaxTensors)
     return fail(FA3_INVALID_ARGUMENT, "%s: num_tensors must be 1 to %d, got %d", kFunction, kMaxTensors, p.num_tensors);
   if (p.batch < 0 || p.seqlen < 0 || p.total < 0)
-    return fail(FA3_INVALID_ARGUMENT, "%s: sizes must not be negative, got batch %d, seqlen %d, total %d", kFunction, p.batch,
-                p.seqlen, p.total);
+    return fail(FA3_INVALID_ARGUMENT, "%s: sizes must not be negative, got batch %d, seqlen %d, total %d", kFunction,
+                p.batch, p.seqlen, p.total);
   if (rows_of(p) > INT_MAX)
     return fail(FA3_UNSUPPORTED, "%s: batch * seqlen must stay below 2^31, got %d * %d", kFunction, p.batch, p.seqlen);
   if (p.head_dim < 8 || p.head_dim > 256 || p.head_dim % 8 != 0)
@@ -96,8 +101,8 @@ int check_arguments(const fa3_prep_params& p) {
     rope |= tensor.rope != 0;
     if (tensor.hadamard && p.signs != nullptr) FA3_TRY(check_pointer(kFunction, "signs", p.signs, sizeof(float)));
     FA3_TRY(check_tensor(kFunction, kTensorNames[t], tensor.x, p.in_dtype, batch, tokens, tensor.heads, p.head_dim));
-    FA3_TRY(check_tensor(kFunction, kTensorNames[t], tensor.out, tensor.quantize ? FA3_E4M3 : p.out_dtype, batch, tokens,
-                         tensor.heads, p.head_dim));
+    FA3_TRY(check_tensor(kFunction, kTensorNames[t], tensor.out, tensor.quantize ? FA3_E4M3 : p.out_dtype, batch,
+                         tokens, tensor.heads, p.head_dim));
   }
   return rope ? check_rotation(p) : FA3_OK;
 }

@@ -70,7 +70,8 @@ struct RowReader {
   uint32_t base;  // row start with the swizzle of this row in bits 4..6
   int part;
 
-  FA3_DEVICE RowReader(uint32_t stage, int row, int part) : base(stage + row * kSlabBytes + ((row & 7) << 4)), part(part) {}
+  FA3_DEVICE RowReader(uint32_t stage, int row, int part)
+      : base(stage + row * kSlabBytes + ((row & 7) << 4)), part(part) {}
   // 16-byte unit `unit` of the row.
   FA3_DEVICE uint32_t unit(int unit) const {
     return (base ^ ((unit & 7) << 4)) + (unit >> 3) * (Shape::kRows * kSlabBytes);

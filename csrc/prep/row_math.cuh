@@ -163,8 +163,8 @@ FA3_DEVICE uint32_t magnitude_bits(const float (&v)[kValues], bool pending) {
 
 // The scale of a block from the bits of its largest magnitude. `descale` multiplies codes back, `inverse` divides
 // values that still lack the factor `pending`.
-//   - descale = amax / 448, rounded up to 4 significant bits. A code has 4 as well, so code x descale has at most 8 and is
-//     exact in bf16: a 16-bit backward sees the very numbers of the FP8 forward. Codes lose nothing, they are floats.
+//   - descale = amax / 448, rounded up to 4 significant bits. A code has 4 as well, so code x descale has at most 8 and
+//     is exact in bf16: a 16-bit backward sees the very numbers of the FP8 forward. Codes lose nothing, being floats.
 //   - All zero: 1. Below the smallest normal number codes lose precision, never finiteness.
 //   - Not finite: NaN, and so is every code of the block.
 struct BlockScale {

@@ -7,8 +7,8 @@
 // token, or a few tokens where heads are few. Tiles go to the warps of the whole GPU in memory order, which is how a
 // copy walks; warps share nothing (each has its tile's angles in its own shared memory) and never wait for each other.
 //
-// A lane holds a row (token, head), two lanes at D >= 192; lanes of a token read the same angles, a broadcast. TMA brings the
-// tile after next, or the next one, while this one is computed, and takes results from a second buffer.
+// A lane holds a row (token, head), two lanes at D >= 192; lanes of a token read the same angles, a broadcast. TMA
+// brings the tile after next, or the next one, while this one is computed, and takes results from a second buffer.
 #pragma once
 #include "prep/row_io.cuh"
 
@@ -19,7 +19,7 @@ struct TokenTraits : RowShape<D> {
   static constexpr int kThreads = D == 64 ? 512 : D <= 128 ? 384 : 256;  // registers, as in blocks.cuh
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMaxStages = 2;
-  static FA3_HD constexpr int slabs(int bytes_per_element) { return (D * bytes_per_element + kSlabBytes - 1) / kSlabBytes; }
+  static FA3_HD constexpr int slabs(int element_bytes) { return (D * element_bytes + kSlabBytes - 1) / kSlabBytes; }
 };
 
 template <int D>
