@@ -99,12 +99,12 @@ def main(args: argparse.Namespace) -> int:
         cells.append(name | {"words": words} | cell)
         if world is None or world.is_main:
             print(_line(cells[-1]), flush=True)
+            if args.out:  # now: a cell that hangs must not take the others with it
+                _write(args, cells)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-    if args.out and (world is None or world.is_main):
-        _write(args, cells)
     stop_world()
     return int(any("error" in cell for cell in cells))
 
