@@ -3,8 +3,9 @@
     python -m fa3_train.bench attention --suite paper --pass fwd --peers ours fa3 cudnn
     python -m fa3_train.bench attention --suite training --pass fwdbwd --out docs/results/training
 
-Every cell: inputs once, each peer's result compared with the first peer's, then --reps interleaved
-rounds of single calls with the L2 flushed, median and interquartile range. TFLOP/s are counted as
+Every cell: inputs once, the peers' results compared with each other (one that differs from most is
+reported and not timed), then --reps interleaved rounds of single calls with the L2 flushed, median
+and interquartile range. TFLOP/s are counted as
 FlashAttention does (fa3_train/bench/cells.py). A peer that is not installed or cannot serve a cell
 is listed with the reason.
 
@@ -15,6 +16,7 @@ package; the namespace of its torch.ops defaults to flash_attn_3.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from dataclasses import asdict
@@ -67,17 +69,38 @@ def select(suite: str, patterns: list[str] | None) -> list[Cell]:
     return [cell for cell in cells if wanted(cell)]
 
 
+def odd_ones(results: dict[str, tuple[torch.Tensor, ...]], agreement: float) -> dict[str, str]:
+    """Peers whose results differ from what most computed, with the difference in words.
+
+    Nobody is right by position, not even the first: the yardstick is the peer that most others
+    agree with (relative RMS at most ``agreement``). Where no two agree, all are odd.
+    """
+    names = list(results)
+
+    def difference(a: str, b: str) -> float:
+        pairs = zip(results[a], results[b], strict=False)
+        errors = [numerics.relative_rms_error(x.detach(), y.detach()) for x, y in pairs]
+        return math.inf if any(e != e for e in errors) else max(errors)
+
+    apart = {(a, b): difference(a, b) for a in names for b in names if a != b}
+    votes = {a: sum(apart[a, b] <= agreement for b in names if b != a) for a in names}
+    if len(names) < 2:
+        return {}
+    best = max(names, key=lambda a: votes[a])
+    odd = [a for a in names if a != best and not apart[a, best] <= agreement]
+    found = {a: f"relative RMS difference {apart[a, best]:.2e} to {best}" for a in odd}
+    if not votes[best]:
+        found[best] = f"relative RMS difference {min(apart[best, a] for a in odd):.2e} to any other"
+    return found
+
+
 def build_calls(
     peers: list[Peer], cell: Cell, x: Inputs, which: str, agreement: float = numerics.AGREEMENT
 ) -> tuple[dict[str, Call], dict[str, dict[str, Any]]]:
-    """What runs, and what does not with the reason.
-
-    The first peer's results are the yardstick: another's that differ by more than two
-    implementations may (``agreement``, relative RMS) are reported and not timed.
-    """
+    """What runs, and what does not with the reason: missing, refused, failed, or odd."""
     calls: dict[str, Call] = {}
+    results: dict[str, tuple[torch.Tensor, ...]] = {}
     report: dict[str, dict[str, Any]] = {}
-    expected: tuple[torch.Tensor, ...] | None = None
     for peer in peers:
         reason = peer.missing() or peer.problem(cell, which)
         if reason is None:
@@ -90,17 +113,10 @@ def build_calls(
         if reason is not None:
             report[peer.name] = {"skipped": reason}
             continue
-        if expected is None:
-            expected = tuple(t.detach() for t in result)
-        else:
-            # Peers may return more than out (lse, states): compare what both have.
-            error = max(
-                numerics.relative_rms_error(a, b) for a, b in zip(result, expected, strict=False)
-            )
-            if not error <= agreement:
-                report[peer.name] = {"disagrees": f"relative RMS difference {error:.2e}"}
-                continue
-        calls[peer.name] = call
+        calls[peer.name], results[peer.name] = call, result
+    for name, why in odd_ones(results, agreement).items():
+        report[name] = {"disagrees": why}
+        del calls[name]
     return calls, report
 
 

@@ -112,6 +112,18 @@ def test_a_wrong_peer_is_named_and_not_timed(no_gpu, which):
     assert report["broken"] == {"skipped": "RuntimeError: no kernel"}
 
 
+def test_the_first_peer_has_no_privilege():
+    x = torch.randn(100)
+    results = {"ours": (x * 1.5,), "fa3": (x,), "cudnn": (x * 1.001,)}
+    found = attention.odd_ones(results, 0.02)
+    assert list(found) == ["ours"] and found["ours"].endswith("to fa3")
+    # two that differ: nobody knows which, neither is timed
+    assert set(attention.odd_ones({"a": (x,), "b": (-x,)}, 0.02)) == {"a", "b"}
+    assert attention.odd_ones({"a": (x,)}, 0.02) == {}
+    both = {"a": (x, x), "b": (x, x), "c": (x, x * math.nan)}
+    assert list(attention.odd_ones(both, 0.02)) == ["c"]
+
+
 def test_math_peer_is_the_definition():
     c = cell(causal=True)
     x = peers.make_inputs(c, torch.float32, torch.device("cpu"))
