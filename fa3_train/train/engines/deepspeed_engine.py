@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import warnings
@@ -262,8 +261,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(logging.WARNING)
-
-
-def dump_config(config: TrainConfig, world_size: int) -> str:
-    """The DeepSpeed configuration of a run as JSON text, for the dry run."""
-    return json.dumps(deepspeed_config(config, world_size), indent=2)

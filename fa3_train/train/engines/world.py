@@ -33,16 +33,6 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def has_group(self) -> bool:
-        """A process group exists (DeepSpeed wants one even for a single process)."""
-        return dist.is_available() and dist.is_initialized()
-
-    def barrier(self) -> None:
-        """Wait for every rank on the host; nothing is queued on the device."""
-        if self.size > 1:
-            dist.all_reduce(torch.zeros(1))  # a host tensor: gloo
-
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in rank order, on every rank. Small Python objects only."""
         if self.size == 1:
