@@ -163,7 +163,7 @@ class PrepParams(Structure):
         ("tensors", PrepTensor * 3),
         *_pointers("cos", "sin", "signs", "position_ids", "cu_seqlens", "stream"),
         *_ints("num_tensors", "batch", "seqlen", "total", "positions", "head_dim", "rotary_dim"),
-        *_ints("interleaved", "inverse", "in_dtype", "out_dtype", "block_size"),
+        *_ints("interleaved", "inverse", "in_dtype", "out_dtype", "block_size", "options"),
     ]
 
 
@@ -174,7 +174,7 @@ class Template:
 
     Args:
         params: the filled struct; it is copied.
-        pointers: names of fields, ``"q.ptr"`` for the address inside a tensor.
+        pointers: names of fields, with dots into structs and arrays: ``"q.ptr"``.
     """
 
     def __init__(self, params: Structure, pointers: tuple[str, ...]) -> None:
@@ -189,10 +189,14 @@ class Template:
         return words
 
 
-def _offset(struct: type[Structure], name: str) -> int:
-    field, _, inner = name.partition(".")
-    offset: int = getattr(struct, field).offset
-    return offset + (getattr(Tensor, inner).offset if inner else 0)
+def _offset(kind: Any, name: str) -> int:
+    """Bytes from the start of ``kind`` to a field such as ``"q.ptr"`` or ``"tensors.0.x.ptr"``."""
+    first, _, rest = name.partition(".")
+    if first.isdigit():
+        inner, offset = kind._type_, int(first) * ctypes.sizeof(kind._type_)
+    else:
+        inner, offset = dict(kind._fields_)[first], getattr(kind, first).offset
+    return offset + (_offset(inner, rest) if rest else 0)
 
 
 # C name -> mirror. The order is that of the header and of fa3_abi_layout().

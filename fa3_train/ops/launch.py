@@ -85,19 +85,27 @@ class Plan:
     """One entry point with everything set but pointers.
 
     Args:
-        name: entry point with a ``<name>_workspace`` query. params: its filled struct.
-        pointers: fields that each launch sets, ``"q.ptr"`` for one inside a tensor; workspace and
-            stream are added.
+        name: entry point. params: its filled struct.
+        pointers: fields that each launch sets, ``"q.ptr"`` for one inside a tensor; stream is
+            added, and workspace if the entry point has one.
+        workspace: whether there is a ``<name>_workspace`` query.
     """
 
-    def __init__(self, name: str, params, device: torch.device, pointers: tuple[str, ...]) -> None:
+    def __init__(
+        self, name: str, params, device: torch.device, pointers: tuple[str, ...],
+        workspace: bool = True,
+    ) -> None:  # fmt: skip
         self._library = _lib.load()
         self._name = name
         self._device = device
-        with on_device(device.index):
-            self._bytes = self._library.workspace(name, params)
-        params.workspace_bytes = self._bytes
-        self._template = _lib.Template(params, (*pointers, "workspace", "stream"))
+        self._bytes = 0
+        self._has_workspace = workspace
+        if workspace:
+            with on_device(device.index):
+                self._bytes = self._library.workspace(name, params)
+            params.workspace_bytes = self._bytes
+        added = ("workspace", "stream") if workspace else ("stream",)
+        self._template = _lib.Template(params, (*pointers, *added))
 
     def launch(self, *pointers: int) -> None:
         """Queue it on torch's current stream of the plan's device."""
@@ -108,7 +116,10 @@ class Plan:
                 workspace = torch.empty(self._bytes, dtype=torch.uint8, device=device)
             # The raw stream without building a Stream object.
             stream = torch._C._cuda_getCurrentRawStream(device.index)
-            words = self._template.fill(*pointers, address(workspace), stream)
+            if self._has_workspace:
+                words = self._template.fill(*pointers, address(workspace), stream)
+            else:
+                words = self._template.fill(*pointers, stream)
             self._library.call_words(self._name, words)
 
 

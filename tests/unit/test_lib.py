@@ -208,6 +208,13 @@ class TestTemplate:
         # another call does not see the last one's pointers
         assert template.fill(0, 0, 0, 0, 0).tobytes() == bytes(self.params())
 
+    def test_fields_of_arrays(self):
+        params = _lib.PrepParams()
+        template = _lib.Template(params, ("tensors.0.x.ptr", "tensors.2.descale", "stream"))
+        words = template.fill(11, 22, 33)
+        params.tensors[0].x.ptr, params.tensors[2].descale, params.stream = 11, 22, 33
+        assert words.tobytes() == bytes(params)
+
     def test_every_pointer_is_given(self):
         with pytest.raises(ValueError, match="shorter|longer"):
             _lib.Template(self.params(), self.POINTERS).fill(1, 2)
