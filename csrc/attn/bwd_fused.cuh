@@ -14,8 +14,6 @@
 // Warpgroups 1 and 2: math, 64 keys each. All rings run on from tile to tile, so that the next tile's loads
 // are under way during the last steps and the epilogue of this one.
 #pragma once
-#include <type_traits>
-
 #include "attn/bwd_tile.cuh"
 #include "tile/pipeline.cuh"
 
@@ -33,10 +31,8 @@ struct BwdFusedTraits {
   static constexpr int BLOCK_M = 64 * kHalves, BLOCK_N = 128;
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
   static constexpr int kRegsProducer = 24, kRegsConsumer = 240;
-  // Q has a third stage where dK of one step runs on into the next, and holds its Q until then. At head dim 64 nothing
-  // does, and the room goes to a second K and V: the next tile's arrive under the last steps of this one.
-  static constexpr int kStagesQ = kHalves == 2 ? 2 : 3, kStagesDO = 2, kStagesDS = 2;
-  static constexpr int kStagesKV = kHalves == 2 ? 2 : 1;
+  // Q has a third stage: dK of one step runs on into the next, and holds its Q until then.
+  static constexpr int kStagesQ = 3, kStagesDO = 2, kStagesDS = 2;
   static constexpr int kSlabs = ceil_div(kHeadDim, kSlabCols);
   static constexpr int kScoreRegs = 32, kGradRegs = kHeadDim / 2;
   // dQ of a step is 64 x 64 per warpgroup: rows 64 g at head dim 64, else columns 64 g. At head dim 96 the
@@ -53,8 +49,8 @@ struct BwdFusedTraits {
   static constexpr int kDsBytes = BLOCK_M * BLOCK_N * 2;
 
   struct SharedPlan {
-    alignas(1024) uint8_t k[kStagesKV][kKeyTileBytes];
-    uint8_t v[kStagesKV][kKeyTileBytes];
+    alignas(1024) uint8_t k[kKeyTileBytes];
+    uint8_t v[kKeyTileBytes];
     uint8_t q[kStagesQ][kQueryTileBytes];
     uint8_t dout[kStagesDO][kQueryTileBytes];
     uint8_t ds[kStagesDS][kDsBytes];  // [BLOCK_N / 64 slabs][BLOCK_M queries][64 keys]
@@ -62,7 +58,7 @@ struct BwdFusedTraits {
     float neg_lse[kStagesQ][BLOCK_M];
     float neg_delta[kStagesDO][BLOCK_M];
     KeyTile tile[2];
-    uint64_t k_full[kStagesKV], k_empty[kStagesKV], v_full[kStagesKV], v_empty[kStagesKV];
+    uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t q_full[kStagesQ], q_empty[kStagesQ];
     uint64_t do_full[kStagesDO], do_empty[kStagesDO];
     uint64_t dq_full[kConsumers], dq_empty[kConsumers];
@@ -90,13 +86,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
   const auto bar = [](const uint64_t& b) { return smem_addr(&b); };
   const int warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
   constexpr int kMathWarps = 4 * T::kConsumers;
-  using KeyRing = std::conditional_t<T::kStagesKV == 2, PairRing, SingleRing>;
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < T::kStagesKV; ++i) {
-      mbar_init(bar(plan.k_full[i]), 1), mbar_init(bar(plan.k_empty[i]), kMathWarps);
-      mbar_init(bar(plan.v_full[i]), 1), mbar_init(bar(plan.v_empty[i]), kMathWarps);
-    }
+    mbar_init(bar(plan.k_full), 1), mbar_init(bar(plan.k_empty), kMathWarps);
+    mbar_init(bar(plan.v_full), 1), mbar_init(bar(plan.v_empty), kMathWarps);
     for (int i = 0; i < T::kStagesQ; ++i)
       mbar_init(bar(plan.q_full[i]), 1), mbar_init(bar(plan.q_empty[i]), kMathWarps);
     for (int i = 0; i < T::kStagesDO; ++i)
@@ -122,7 +115,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     if (warp == 0 && elect_one()) {
       Ring<T::kStagesQ> q_ring;
       Ring<2> tiles;
-      KeyRing key_ring;
+      uint32_t key_phase = 0;
       bool prepared = false;  // bwd_prepare has ended: its outputs, and the tile counter, may be read
       const auto await_prepare = [&] {
         if (!prepared) grid_dependency_wait(), prepared = true;
@@ -143,17 +136,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         if (t.key_block < 0) break;
         QueryWalk walk(p.shape, t);
         const int query_row = T::kPacked ? t.query_row : 0, batch = t.batch;
-        const auto load_keys = [&] {
-          const int i = key_ring.stage();
-          mbar_wait(bar(plan.k_empty[i]), key_ring.phase() ^ 1);
-          mbar_arrive_expect_tx(bar(plan.k_full[i]), T::kKeyTileBytes);
-          load_tile(plan.k[i], p.k, plan.k_full[i], BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k, batch,
-                    kL2EvictNormal);
-          key_ring.advance();
-        };
-        // With one stage K becomes free last: Q first, it may go ahead.
         bool first = true;
-        if (T::kStagesKV == 2 && walk.left > 0) load_keys();
         for (; walk.left > 0; q_ring.advance(), walk.advance()) {
           const int i = q_ring.stage;
           mbar_wait(bar(plan.q_empty[i]), q_ring.phase ^ 1);
@@ -163,7 +146,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           await_prepare();
           bulk_load(smem_addr(plan.neg_lse[i]), p.work.neg_lse + int64_t(walk.row_block) * BLOCK_M,
                     BLOCK_M * 4, bar(plan.q_full[i]));
-          if (T::kStagesKV == 1 && first) load_keys(), first = false;
+          if (first) {
+            first = false;
+            mbar_wait(bar(plan.k_empty), key_phase ^ 1);
+            key_phase ^= 1;
+            mbar_arrive_expect_tx(bar(plan.k_full), T::kKeyTileBytes);
+            load_tile(plan.k, p.k, plan.k_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k, t.batch,
+                      kL2EvictNormal);
+          }
         }
         await_prepare();
         next = drawn_from + atomicAdd(p.work.tile_counter, 1);
@@ -171,7 +161,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     } else if (warp == 2 && elect_one()) {
       Ring<T::kStagesDO> do_ring;
       Ring<2> tiles;
-      KeyRing key_ring;
+      uint32_t key_phase = 0;
       bool prepared = false;
       for (;;) {
         const KeyTile& t = plan.tile[tiles.stage];
@@ -179,16 +169,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         if (t.key_block < 0) break;
         QueryWalk walk(p.shape, t);
         const int query_row = T::kPacked ? t.query_row : 0, batch = t.batch;
-        const auto load_keys = [&] {
-          const int i = key_ring.stage();
-          mbar_wait(bar(plan.v_empty[i]), key_ring.phase() ^ 1);
-          mbar_arrive_expect_tx(bar(plan.v_full[i]), T::kKeyTileBytes);
-          load_tile(plan.v[i], p.v, plan.v_full[i], BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k, batch,
-                    kL2EvictNormal);
-          key_ring.advance();
-        };
         bool first = true;
-        if (T::kStagesKV == 2 && walk.left > 0) load_keys();
         for (; walk.left > 0; do_ring.advance(), walk.advance()) {
           const int i = do_ring.stage;
           mbar_wait(bar(plan.do_empty[i]), do_ring.phase ^ 1);
@@ -198,7 +179,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           if (!prepared) grid_dependency_wait(), prepared = true;
           bulk_load(smem_addr(plan.neg_delta[i]), p.work.neg_delta + int64_t(walk.row_block) * BLOCK_M,
                     BLOCK_M * 4, bar(plan.do_full[i]));
-          if (T::kStagesKV == 1 && first) load_keys(), first = false;
+          if (first) {
+            first = false;
+            mbar_wait(bar(plan.v_empty), key_phase ^ 1);
+            key_phase ^= 1;
+            mbar_arrive_expect_tx(bar(plan.v_full), T::kKeyTileBytes);
+            load_tile(plan.v, p.v, plan.v_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k, t.batch,
+                      kL2EvictNormal);
+          }
         }
         mbar_arrive(bar(plan.tile_empty[tiles.stage]));
         tiles.advance();
@@ -226,7 +214,6 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
                          p.order.descending ? keys.end - 1 - t.key_block : t.key_block - keys.begin);
               fence_proxy_async_global();  // the sums before us were made by their async proxy
             }
-            fence_proxy_async_shared();  // after the acquire above: the math warps' writes precede the copy's reads
             bulk_reduce_add_f32(dst + g * (T::kDqBytes / 4), smem_addr(plan.dq[g]), T::dq_bytes(g), kL2EvictLast);
             bulk_commit();
           }
@@ -246,7 +233,6 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           for (int i = 0; i < 2; ++i) {
             for (int g = 0; g < T::kConsumers; ++g) {
               mbar_wait(bar(plan.dq_full[g]), dq_phase);
-              fence_proxy_async_shared();
               for (int c = 0; c < T::kSlabs; ++c)
                 tma_store_4d(i == 0 ? &p.dv_map : &p.dk_map, smem_addr(plan.dq[g]) + c * 64 * kSlabBytes, c * kSlabCols,
                              t.key_row + t.key_block * BLOCK_N + g * 64, t.head_k, t.batch);
@@ -303,12 +289,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     wgmma_commit();
   };
   // This warpgroup's half of dQ = dS K over the keys of the tile.
-  const auto mma_dq = [&](float (&x)[T::kDqRegs], uint64_t a, uint64_t b) {
+  const auto mma_dq = [&](float (&x)[T::kDqRegs], uint64_t a) {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < BLOCK_N / 16; ++k) {
       const uint64_t ds_step = descriptor_step(a, k / 4 * BLOCK_M * kSlabBytes + k % 4 * kStepKMajor);
-      const uint64_t k_step = descriptor_step(b, k * kStepMNMajor);
+      const uint64_t k_step = descriptor_step(k_cols, k * kStepMNMajor);
       if (k == 0) Wgmma<Elem, 64>::template ss_zero<0, 1>(x, ds_step, k_step);
       else Wgmma<Elem, 64>::template ss<0, 1>(x, ds_step, k_step);
     }
@@ -343,7 +329,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     __syncwarp();
     if (lane == 0) mbar_arrive(bar(b));
   };
-  const auto send_dq = [&] { arrive(plan.dq_full[g]); };  // the sender has the proxy fence: it has the time
+  const auto send_dq = [&] {
+    fence_proxy_async_shared();
+    arrive(plan.dq_full[g]);
+  };
 
   // Scores start at -LSE / scale and dP at -delta, which saves their subtraction; with softcap tanh comes between.
   constexpr int kHalfTile = 64 * kSlabBytes, kHalfRows = 64 * 4;  // bytes from one half to the next: tiles, statistics
@@ -377,32 +366,40 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       for (int i = 0; i < T::kScoreRegs; ++i) s[i] = exp2_approx(s[i] * p.shape.scale_log2);
     }
   };
-  // dP - delta to dS, and with softcap x to P.
-  const auto softmax_backward = [&](float (&s)[T::kScoreRegs], float (&dp)[T::kScoreRegs], int q_stage, int half) {
+  // dP - delta to dS, and with softcap x to P; both packed.
+  const auto softmax_backward = [&](float (&s)[T::kScoreRegs], float (&dp)[T::kScoreRegs],
+                                    uint32_t (&p16)[T::kScoreRegs / 2], uint32_t (&ds16)[T::kScoreRegs / 2],
+                                    int q_stage, int half) {
     if constexpr (T::kSoftcap) {
 #pragma unroll
       for (int k = 0; k < T::kScoreRegs / 8; ++k) {
-        float neg_lse[8];
-        start_at_columns(neg_lse, smem_addr(plan.neg_lse[q_stage]) + half * kHalfRows + k * 64);
+        float4 neg_lse[1];
+        load_columns<8>(neg_lse, smem_addr(plan.neg_lse[q_stage]) + half * kHalfRows + k * 64);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float x = s[8 * k + i];
-          const float prob = exp2_approx(fmaf(x, p.shape.scale_log2, neg_lse[i]));
-          s[8 * k + i] = prob;
-          dp[8 * k + i] *= prob * fmaf(-x, x, 1.f);
+        for (int i = 0; i < 8; i += 2) {
+          float prob[2], ds[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const float x = s[8 * k + i + j];
+            prob[j] = exp2_approx(fmaf(x, p.shape.scale_log2, column_of(neg_lse[0], i + j)));
+            ds[j] = dp[8 * k + i + j] * (prob[j] * fmaf(-x, x, 1.f));
+          }
+          p16[4 * k + i / 2] = pack2<Elem>(prob[0], prob[1]);
+          ds16[4 * k + i / 2] = pack2<Elem>(ds[0], ds[1]);
         }
       }
     } else {
 #pragma unroll
       for (int i = 0; i < T::kScoreRegs; ++i) dp[i] *= s[i];
+      pack_all<Elem>(s, p16);
+      pack_all<Elem>(dp, ds16);
     }
   };
 
   static_assert(T::kStagesDO == 2, "the math warpgroups' rings");
   PairRing tiles, do_ring;
   Ring<T::kStagesQ> q_ring;
-  KeyRing key_ring;
-  uint32_t ds_stage = 0;
+  uint32_t key_phase = 0, ds_stage = 0;
 #pragma unroll 1
   for (;;) {
     mbar_wait(bar(plan.tile_full[tiles.stage()]), tiles.phase());
@@ -416,13 +413,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
 #pragma unroll
     for (int i = 0; i < T::kGradRegs; ++i) dk[i] = dv[i] = 0.f;
 
-    // Packed sequences: the query block whose last rows belong to somebody else, or -1.
+    // Packed sequences: the last rows of the last query block belong to somebody else.
     constexpr bool kPacked = T::kPacked;
-    const int cut_block = kPacked && seqlen_q % BLOCK_M ? seqlen_q / BLOCK_M : -1;
     const auto clear_query_rows = [&](int m) {
-      if (!kPacked || m != cut_block) return;
-      clear_rows<256>(smem_addr(plan.q[q_ring.stage]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M);
-      clear_rows<256>(smem_addr(plan.dout[do_ring.stage()]), T::kSlabs, BLOCK_M, seqlen_q % BLOCK_M);
+      if (!kPacked) return;
+      const int rows = (T::kSoftcap ? uniform(t.seqlen_q) : seqlen_q) - m * BLOCK_M;  // softcap: registers are short
+      if (rows >= BLOCK_M) return;
+      clear_rows<256>(smem_addr(plan.q[q_ring.stage]), T::kSlabs, BLOCK_M, rows);
+      clear_rows<256>(smem_addr(plan.dout[do_ring.stage()]), T::kSlabs, BLOCK_M, rows);
       fence_proxy_async_shared();
       named_sync(kBarRowsCleared, 256);
     };
@@ -430,28 +428,24 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     if (steps > 0) {
       float s[T::kScoreRegs], dp[T::kScoreRegs];
       int m = query_begin;
-      const int key_stage = key_ring.stage();
-      mbar_wait(bar(plan.k_full[key_stage]), key_ring.phase());
-      mbar_wait(bar(plan.v_full[key_stage]), key_ring.phase());
-      key_ring.advance();
-      const uint64_t k_rows_now = descriptor_step(k_rows, key_stage * T::kKeyTileBytes);
-      const uint64_t v_rows_now = descriptor_step(v_rows, key_stage * T::kKeyTileBytes);
-      const uint64_t k_cols_now = descriptor_step(k_cols, key_stage * T::kKeyTileBytes);
+      mbar_wait(bar(plan.k_full), key_phase);
+      mbar_wait(bar(plan.v_full), key_phase);
+      key_phase ^= 1;
       mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
       mbar_wait(bar(plan.do_full[do_ring.stage()]), do_ring.phase());
       const int keys_left = seqlen_k - key_block * BLOCK_N;
       if (kPacked && keys_left < BLOCK_N) {
-        clear_rows<256>(smem_addr(plan.k[key_stage]), T::kSlabs, BLOCK_N, keys_left);
-        clear_rows<256>(smem_addr(plan.v[key_stage]), T::kSlabs, BLOCK_N, keys_left);
+        clear_rows<256>(smem_addr(plan.k), T::kSlabs, BLOCK_N, keys_left);
+        clear_rows<256>(smem_addr(plan.v), T::kSlabs, BLOCK_N, keys_left);
         fence_proxy_async_shared();
         named_sync(kBarRowsCleared, 256);
       }
       clear_query_rows(m);
       const auto issue_s = [&](int half) {
-        mma_scores(s, k_rows_now, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes + half * kHalfTile));
+        mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes + half * kHalfTile));
       };
       const auto issue_dp = [&](int half) {
-        mma_scores(dp, v_rows_now, descriptor_step(do_tile, do_ring.stage() * T::kQueryTileBytes + half * kHalfTile));
+        mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage() * T::kQueryTileBytes + half * kHalfTile));
       };
       const auto next_block = [&] {
         q_ring.advance(), do_ring.advance();
@@ -483,16 +477,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         constexpr bool kLast = decltype(is_last)::value;
         const int q_stage = q_ring.stage, do_stage = do_ring.stage();
         wgmma_wait<0>(), pin(dp);
-        if constexpr (kLast) arrive(plan.v_empty[key_stage]);
-        softmax_backward(s, dp, q_stage, 0);
-        pack_all<Elem>(s, p16);
-        pack_all<Elem>(dp, ds16);
+        if constexpr (kLast) arrive(plan.v_empty);
+        softmax_backward(s, dp, p16, ds16, q_stage, 0);
         store_ds(ds16, ds_stage, 0);
         mma_grad(dv, p16, descriptor_step(do_cols, do_stage * T::kQueryTileBytes));
         next_block();
         fence_proxy_async_shared();
         named_sync(kBarDsWritten, 256);
-        mma_dq(dq, descriptor_step(ds_rows, ds_stage * T::kDsBytes), k_cols_now);
+        mma_dq(dq, descriptor_step(ds_rows, ds_stage * T::kDsBytes));
         ds_stage ^= 1;
         wgmma_wait<1>();  // dV
         arrive(plan.do_empty[do_stage]);
@@ -505,7 +497,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           send_dq();
           wgmma_wait<0>();
           arrive(plan.q_empty[q_stage]);
-          arrive(plan.k_empty[key_stage]);
+          arrive(plan.k_empty);
         } else {
           load_delta(delta_columns, do_ring.stage(), 0);
           spread_columns(dp, delta_columns), pin(dp);
@@ -515,7 +507,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           start_scores(s, lse_columns), pin(s);
           issue_s(0);
           issue_dp(0);
-          send_dq();
+          send_dq();  // its proxy fence takes a while: under the MMAs
           wgmma_wait<1>(), pin(s);  // dK and S
           arrive(plan.q_empty[q_stage]);
           softmax(s, shift, key0, seqlen_k, m, 0);
@@ -530,9 +522,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         mma_grad(dk, ds16, descriptor_step(q_cols, q_ring.stage * T::kQueryTileBytes + half * 4 * kStepMNMajor));
       };
       const auto to_ds = [&](int q_stage, int half) {
-        softmax_backward(s, dp, q_stage, half);
-        pack_all<Elem>(s, p16);
-        pack_all<Elem>(dp, ds16);
+        softmax_backward(s, dp, p16, ds16, q_stage, half);
         store_ds(ds16, ds_stage, half);
       };
       const auto send_finished_dq = [&] {
@@ -560,7 +550,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       const auto second_half = [&](auto is_last) {
         constexpr bool kLast = decltype(is_last)::value;
         const int q_stage = q_ring.stage, do_stage = do_ring.stage();
-        if constexpr (kLast) arrive(plan.v_empty[key_stage]);
+        if constexpr (kLast) arrive(plan.v_empty);
         const uint64_t do_half = descriptor_step(do_cols, do_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
         const uint64_t q_half = descriptor_step(q_cols, q_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
         next_block();
@@ -585,14 +575,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         }
         fence_proxy_async_shared();
         named_sync(kBarDsWritten, 256);
-        mma_dq(dq, descriptor_step(ds_rows, ds_stage * T::kDsBytes), k_cols_now);
+        mma_dq(dq, descriptor_step(ds_rows, ds_stage * T::kDsBytes));
         ds_stage ^= 1;
         wgmma_wait<1>(), pin(dp);  // all but dQ
         arrive(plan.q_empty[q_stage]);
         arrive(plan.do_empty[do_stage]);
         if constexpr (kLast) {
           wgmma_wait<0>(), pin(dq);
-          arrive(plan.k_empty[key_stage]);
+          arrive(plan.k_empty);
           send_finished_dq();
         }
       };
@@ -614,7 +604,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     }
 
     // A tile that no query sees still has gradients: zeros.
-    if (t.staged) {
+    if (uniform(t.staged)) {
       await_dq_buffer();
       stage_rows<Elem, T::kHeadDim>(dv, 1.f, smem_addr(plan.dq[g]));
       send_dq();

@@ -237,12 +237,12 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
             mask_transposed<BLOCK_M, T::kRightBound, T::kLeftBound>(s, -1e18f, mask, key0, seqlen_k, m);
 #pragma unroll
             for (int k = 0; k < T::kScoreRegs / 8; ++k) {
-              float neg_lse[8];
-              start_at_columns(neg_lse, smem_addr(plan.neg_lse[q_ring.stage]) + k * 64);
+              float4 neg_lse[1];
+              load_columns<8>(neg_lse, smem_addr(plan.neg_lse[q_ring.stage]) + k * 64);
 #pragma unroll
               for (int i = 8 * k; i < 8 * k + 8; ++i) {
                 const float x = s[i];
-                s[i] = exp2_approx(fmaf(x, p.shape.scale_log2, neg_lse[i - 8 * k]));
+                s[i] = exp2_approx(fmaf(x, p.shape.scale_log2, column_of(neg_lse[0], i - 8 * k)));
                 factor[i] = s[i] * fmaf(-x, x, 1.f);
               }
             }

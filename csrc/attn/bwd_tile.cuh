@@ -169,15 +169,14 @@ FA3_DEVICE void load_columns(float4 (&columns)[N / 8], uint32_t statistics) {
 #pragma unroll
   for (int k = 0; k < N / 8; ++k) columns[k] = lds_float4(statistics + k * 64 + quad * 16);
 }
+// That of accumulator i, 0 to 7.
+FA3_DEVICE float column_of(const float4& columns, int i) {
+  return (i & 4) ? (i & 1 ? columns.w : columns.z) : (i & 1 ? columns.y : columns.x);
+}
 template <int N>
 FA3_DEVICE void spread_columns(float (&acc)[N], const float4 (&columns)[N / 8]) {
 #pragma unroll
-  for (int k = 0; k < N / 8; ++k) {
-    acc[8 * k + 0] = acc[8 * k + 2] = columns[k].x;
-    acc[8 * k + 1] = acc[8 * k + 3] = columns[k].y;
-    acc[8 * k + 4] = acc[8 * k + 6] = columns[k].z;
-    acc[8 * k + 5] = acc[8 * k + 7] = columns[k].w;
-  }
+  for (int i = 0; i < N; ++i) acc[i] = column_of(columns[i / 8], i % 8);
 }
 template <int N>
 FA3_DEVICE void start_at_columns(float (&acc)[N], uint32_t statistics) {
@@ -234,6 +233,7 @@ template <int kThreads>
 FA3_DEVICE void clear_rows(uint32_t tile, int slabs, int rows, int from) {
   const int thread = (reread_thread_index() - kWarpgroupThreads) & (kThreads - 1);  // math begins after warpgroup 0
   for (int slab = 0; slab < slabs; ++slab)
+#pragma unroll 1
     for (int chunk = from * (kSlabBytes / 16) + thread; chunk < rows * (kSlabBytes / 16); chunk += kThreads)
       sts128(tile + (slab * rows * kSlabBytes + chunk * 16), make_uint4(0, 0, 0, 0));
 }
