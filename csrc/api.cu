@@ -62,6 +62,7 @@ std::string describe_layout() {
     FIELD(tensors) FIELD(cos) FIELD(sin) FIELD(signs) FIELD(position_ids) FIELD(cu_seqlens) FIELD(stream)
     FIELD(num_tensors) FIELD(batch) FIELD(seqlen) FIELD(total) FIELD(positions) FIELD(head_dim)
     FIELD(rotary_dim) FIELD(interleaved) FIELD(inverse) FIELD(in_dtype) FIELD(out_dtype) FIELD(block_size)
+    FIELD(options)
   END
   return layout.text;
 }

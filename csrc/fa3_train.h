@@ -134,7 +134,7 @@ typedef struct fa3_attn_fp8_fwd_params {
   int32_t head_dim_qk, head_dim_v;
   int32_t window_left, window_right;
   int32_t two_level; /* 1: P V is promoted to FP32 registers after every key block (exact over long contexts) */
-  int32_t options;
+  int32_t options;   /* 0; 1 (ablation, with two_level): the row sum takes P before its rounding to e4m3 */
   int32_t reserved;
 } fa3_attn_fp8_fwd_params;
 
@@ -170,6 +170,7 @@ typedef struct fa3_prep_params {
   int32_t inverse;
   int32_t in_dtype, out_dtype; /* BF16, FP16; in_dtype also FP32 with inverse, and E4M3 */
   int32_t block_size;          /* 128 (64: 64-token blocks) */
+  int32_t options;              /* bit 0: tensor-core kernel where it serves (head_dim 64, 128); 0: the defaults */
 } fa3_prep_params;
 
 FA3_API int fa3_prep(const fa3_prep_params* params);

@@ -269,7 +269,7 @@ int launch_mma(const fa3_prep_params& p, const int* chosen, int count, const Dev
 }  // namespace
 
 bool takes_tensor_cores(const fa3_prep_params& p, const fa3_prep_tensor& tensor) {
-  if (p.head_dim != 64 && p.head_dim != 128) return false;
+  if (!(p.options & kUseTensorCores) || (p.head_dim != 64 && p.head_dim != 128)) return false;
   if (p.in_dtype == FA3_FP32 || (tensor.quantize && p.block_size != MmaTraits<128>::kTokens)) return false;
   return !tensor.rope || p.rotary_dim == p.head_dim;
 }

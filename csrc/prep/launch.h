@@ -5,6 +5,7 @@
 namespace fa3::prep {
 
 constexpr const char* kFunction = "fa3_prep";
+constexpr int kUseTensorCores = 1;  // fa3_prep_params.options
 
 inline int64_t rows_of(const fa3_prep_params& p) { return p.cu_seqlens ? p.total : int64_t(p.batch) * p.seqlen; }
 

@@ -1,7 +1,8 @@
 // fa3_prep: checks, and which launch serves which tensor.
 //
-//   e4m3 results                 tensor-core kernel (prep/mma.cuh), else block kernel (prep/blocks.cuh)
-//   16-bit, with a transform     tensor-core kernel, else token kernel (prep/tokens.cuh)
+//   e4m3 results                 block kernel (prep/blocks.cuh)
+//   16-bit, with a transform     token kernel (prep/tokens.cuh)
+//   either, asked for            tensor-core kernel (prep/mma.cuh), where it serves
 //   16-bit, rotation only        rotary kernel (prep/rope.cu)
 //   16-bit from e4m3             dequantization (prep/dequantize.cu)
 // One launch per kind of result; tensors of a call share it wherever they can.
@@ -90,6 +91,8 @@ int check_arguments(const fa3_prep_params& p) {
                 dtype_name(p.out_dtype), p.inverse ? " or fp32" : "", dtype_name(p.in_dtype));
   if (p.block_size != 128 && p.block_size != 64)
     return fail(FA3_UNSUPPORTED, "%s: block_size must be 64 or 128, got %d", kFunction, p.block_size);
+  if (p.options & ~kUseTensorCores)
+    return fail(FA3_UNSUPPORTED, "%s: options must be 0 or 1, got %d", kFunction, p.options);
 
   bool rope = false;
   const int64_t batch = p.cu_seqlens ? 1 : p.batch, tokens = p.cu_seqlens ? p.total : p.seqlen;

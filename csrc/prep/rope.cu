@@ -1,7 +1,7 @@
 // Rotary embedding alone: x (batch, token, head, D) 16-bit or fp32 -> rotated, 16-bit, any D that is a multiple of 8.
 //
 // Elementwise, so nothing is shared between threads. A warp owns a token and walks over its heads, which lie
-// together in memory: it streams through kilobytes without a gap, as a copy does. A lane owns a pair of eight-element
+// together in memory: it streams through kilobytes without a gap, as a copy does; then it takes another token. A lane owns a pair of eight-element
 // chunks of a head and keeps their cos and sin in registers; at D = 128 eight lanes cover a head and four heads go side
 // by side. Several steps of heads are in flight at a time.
 //
@@ -18,14 +18,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-#ifndef ROPE_AHEAD
-#define ROPE_AHEAD 2
-#define ROPE_BLOCKS 4
-#define ROPE_ST 0
-#endif
-constexpr int kBlocksPerSm = ROPE_BLOCKS;  // 64 registers a thread
+constexpr int kBlocksPerSm = 2;  // 128 registers a thread; more bytes in flight per thread beat more threads
 template <class In>
-constexpr int kAheadOf = sizeof(In) == 4 ? (ROPE_AHEAD + 1) / 2 : ROPE_AHEAD;  // steps loaded ahead of use: 32 or 64 bytes a lane each
+constexpr int kAheadOf = sizeof(In) == 4 ? 3 : 6;  // steps loaded ahead of use, 64 or 32 bytes a lane each
 
 struct Place {
   int64_t batch, token;  // where the row lies in the tensors
@@ -83,12 +78,8 @@ struct Chunk {  // eight elements as loaded
 
 template <class Out>
 FA3_DEVICE void store_chunk(char* out, const float* f) {
-  const uint4 v = make_uint4(pack2<Out>(f[0], f[1]), pack2<Out>(f[2], f[3]), pack2<Out>(f[4], f[5]), pack2<Out>(f[6], f[7]));
-#if ROPE_ST
-  __stcs(reinterpret_cast<uint4*>(out), v);
-#else
-  *reinterpret_cast<uint4*>(out) = v;
-#endif
+  *reinterpret_cast<uint4*>(out) =
+      make_uint4(pack2<Out>(f[0], f[1]), pack2<Out>(f[2], f[3]), pack2<Out>(f[4], f[5]), pack2<Out>(f[6], f[7]));
 }
 
 // cos and sin of pairs pair .. pair + N - 1 of a row of the tables; those from `count` on do not turn.
@@ -130,78 +121,80 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __gr
 
   // ---- tokens in turn; their heads in steps of lane_heads, over the tensors
   const int64_t walks = p.rows * p.splits;
+  const int64_t stride = int64_t(gridDim.x) * kWarps;
 #pragma unroll 1
-  for (int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; index < walks; index += int64_t(gridDim.x) * kWarps) {
-  const int64_t row = index / p.splits;
-  const Place place = place_of(p, row);
-  if (!place.exists) continue;
-  int first = int(index - row * p.splits) * p.heads_per_warp, left = p.heads_per_warp;
-  float c[8], s[8];
-  bool have_angles = false;
+  for (int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; index < walks; index += stride) {
+    const int64_t row = index / p.splits;
+    const Place place = place_of(p, row);
+    if (!place.exists) continue;
+    int first = int(index - row * p.splits) * p.heads_per_warp, left = p.heads_per_warp;
+    float c[8], s[8];
+    bool have_angles = false;
 #pragma unroll 1
-  for (int t = 0; t < p.num_tensors && left > 0; ++t) {
-    const RopeTensor& tensor = p.tensors[t];
-    if (first >= tensor.heads) {
-      first -= tensor.heads;
-      continue;
-    }
-    const int heads = min(left, tensor.heads - first);
-    left -= heads;
-    const int64_t x_step = p.lane_heads * tensor.x_head, out_step = p.lane_heads * tensor.out_head;
-    const char* x = tensor.x + place.batch * tensor.x_batch + place.token * tensor.x_token +
-                    (first + lane_head) * tensor.x_head;
-    char* out = tensor.out + place.batch * tensor.out_batch + place.token * tensor.out_token +
-                (first + lane_head) * tensor.out_head;
-    first = 0;
-    Chunk<In> a[kAhead], b[kAhead];
-    auto load = [&](int h) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (h + i * p.lane_heads < heads) {
-          a[i].load(x + low * kChunkIn + i * x_step);
-          if (pair) b[i].load(x + high * kChunkIn + i * x_step);
-        }
+    for (int t = 0; t < p.num_tensors && left > 0; ++t) {
+      const RopeTensor& tensor = p.tensors[t];
+      if (first >= tensor.heads) {
+        first -= tensor.heads;
+        continue;
       }
-      x += kAhead * x_step;
-    };
-    load(lane_head);
-    if (!have_angles) {  // after the first loads are under way
-      const int angle = angle_of(p, row, place);
-      if (kInterleaved) {
-        load_angles<4>(p, angle, 4 * low, p.rotation.rotary_dim / 2 - 4 * low, c, s);
-        load_angles<4>(p, angle, 4 * high, p.rotation.rotary_dim / 2 - 4 * high, c + 4, s + 4);
-      } else {
-        load_angles<8>(p, angle, 8 * unit, unit < rotated ? 8 : 0, c, s);
-      }
+      const int heads = min(left, tensor.heads - first);
+      left -= heads;
+      const int64_t x_step = p.lane_heads * tensor.x_head, out_step = p.lane_heads * tensor.out_head;
+      const char* x = tensor.x + place.batch * tensor.x_batch + place.token * tensor.x_token +
+                      (first + lane_head) * tensor.x_head;
+      char* out = tensor.out + place.batch * tensor.out_batch + place.token * tensor.out_token +
+                  (first + lane_head) * tensor.out_head;
+      first = 0;
+      Chunk<In> a[kAhead], b[kAhead];
+      auto load = [&](int h) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) s[i] *= p.direction;
-      have_angles = true;
-    }
-#pragma unroll 1
-    for (int h = lane_head; h < heads; h += kAhead * p.lane_heads) {
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (h + i * p.lane_heads >= heads) continue;
-        float f[8], g[8];
-        a[i].unpack(f);
-        b[i].unpack(g);
-        if (kInterleaved) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            rotate<false>(f[2 * e], f[2 * e + 1], c[e], s[e]);
-            rotate<false>(g[2 * e], g[2 * e + 1], c[e + 4], s[e + 4]);
+        for (int i = 0; i < kAhead; ++i) {
+          if (h + i * p.lane_heads < heads) {
+            a[i].load(x + low * kChunkIn + i * x_step);
+            if (pair) b[i].load(x + high * kChunkIn + i * x_step);
           }
-        } else {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) rotate<false>(f[e], g[e], c[e], s[e]);
         }
-        store_chunk<Out>(out + low * 16 + i * out_step, f);
-        if (pair) store_chunk<Out>(out + high * 16 + i * out_step, g);
+        x += kAhead * x_step;
+      };
+      load(lane_head);
+      if (!have_angles) {  // after the first loads are under way
+        const int angle = angle_of(p, row, place);
+        if (kInterleaved) {
+          load_angles<4>(p, angle, 4 * low, p.rotation.rotary_dim / 2 - 4 * low, c, s);
+          load_angles<4>(p, angle, 4 * high, p.rotation.rotary_dim / 2 - 4 * high, c + 4, s + 4);
+        } else {
+          load_angles<8>(p, angle, 8 * unit, unit < rotated ? 8 : 0, c, s);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) s[i] *= p.direction;
+        have_angles = true;
       }
-      out += kAhead * out_step;
-      load(h + kAhead * p.lane_heads);
+#pragma unroll 1
+      for (int h = lane_head; h < heads; h += kAhead * p.lane_heads) {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          if (h + i * p.lane_heads >= heads) continue;
+          float f[8], g[8];
+          a[i].unpack(f);
+          b[i].unpack(g);
+          if (kInterleaved) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              rotate<false>(f[2 * e], f[2 * e + 1], c[e], s[e]);
+              rotate<false>(g[2 * e], g[2 * e + 1], c[e + 4], s[e + 4]);
+            }
+          } else {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) rotate<false>(f[e], g[e], c[e], s[e]);
+          }
+          store_chunk<Out>(out + low * 16 + i * out_step, f);
+          if (pair) store_chunk<Out>(out + high * 16 + i * out_step, g);
+        }
+        out += kAhead * out_step;
+        load(h + kAhead * p.lane_heads);
+      }
     }
-  }  }
+  }
 }
 
 // One thread per element pair (or copied element) of one token, over the heads.

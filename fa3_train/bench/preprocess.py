@@ -74,13 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["paper", "llama8b"])
     parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16")
     parser.add_argument("--interleaved", action="store_true", help="pairs (2i, 2i + 1)")
+    parser.add_argument(
+        "--tensor-cores", action="store_true", help="the tensor-core kernel where it serves"
+    )
     parser.add_argument("--peers", action="store_true", help="also torch.compile and matmul")
     parser.add_argument("--reps", type=int, default=20)
     parser.add_argument("--out", help="write OUT.json")
 
 
 def stage_calls(
-    shape: Shape, dtype: torch.dtype, interleaved: bool, device: torch.device
+    shape: Shape, dtype: torch.dtype, interleaved: bool, options: int, device: torch.device
 ) -> dict[str, tuple[Callable[[], Any], int]]:
     """name -> (call, bytes it must move), for every stage and the dequantization."""
     xs = [
@@ -109,7 +112,18 @@ def stage_calls(
             inputs: list[Tensor] = inputs, stages: list[int] = stages, inverse: bool = inverse
         ) -> Any:
             return prep(
-                inputs, stages, cos, sin, signs, None, None, interleaved, inverse, 128, dtype
+                inputs,
+                stages,
+                cos,
+                sin,
+                signs,
+                None,
+                None,
+                interleaved,
+                inverse,
+                128,
+                dtype,
+                options,
             )
 
         calls[name] = (call, moved)
@@ -173,7 +187,7 @@ def measure(timer: Timer, name: str, args: argparse.Namespace) -> dict[str, Any]
     shape = SHAPES[name]
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float16
     copies = copy_calls(shape, dtype, timer.device)
-    work = stage_calls(shape, dtype, args.interleaved, timer.device)
+    work = stage_calls(shape, dtype, args.interleaved, int(args.tensor_cores), timer.device)
     if args.peers:
         work |= peer_calls(shape, dtype, args.interleaved, timer.device)
     times = timer.measure({**copies, **{n: call for n, (call, _) in work.items()}}, args.reps)

@@ -29,7 +29,7 @@ _DTYPE_CODES = {**hopper.DTYPE_CODES, torch.float32: _lib.FP32, E4M3: _lib.E4M3}
 hopper._library.define(
     "prep(Tensor[] xs, int[] stages, Tensor? cos, Tensor? sin, Tensor? signs, "
     "Tensor? position_ids, Tensor? cu_seqlens, bool interleaved, bool inverse, "
-    "int block_size=128, ScalarType? out_dtype=None) -> Tensor[]"
+    "int block_size=128, ScalarType? out_dtype=None, int options=0) -> Tensor[]"
 )
 hopper._library.define(
     "dequantize(Tensor[] codes, Tensor[] descales, Tensor? cu_seqlens, int block_size, "
@@ -158,7 +158,7 @@ def _kernel_ready(x: Tensor) -> Tensor:
 
 def _prep(
     xs, stages, cos, sin, signs, position_ids, cu_seqlens, interleaved, inverse, block_size=128,
-    out_dtype=None,
+    out_dtype=None, options=0,
 ):  # fmt: skip
     check_prep(xs, stages, cos, sin, signs, position_ids, cu_seqlens, block_size)
     if out_dtype is None:
@@ -193,7 +193,7 @@ def _prep(
     _fill_shape(params, xs[0], cu_seqlens)
     params.interleaved, params.inverse = int(interleaved), int(inverse)
     params.in_dtype, params.out_dtype = _DTYPE_CODES[xs[0].dtype], _DTYPE_CODES[out_dtype]
-    params.block_size = block_size
+    params.block_size, params.options = block_size, options
     with torch.cuda.device(xs[0].device):
         _lib.load().call("fa3_prep", params)
     del kept
@@ -202,7 +202,7 @@ def _prep(
 
 def _prep_fake(
     xs, stages, cos, sin, signs, position_ids, cu_seqlens, interleaved, inverse, block_size=128,
-    out_dtype=None,
+    out_dtype=None, options=0,
 ):  # fmt: skip
     check_prep(xs, stages, cos, sin, signs, position_ids, cu_seqlens, block_size)
     dtype = xs[0].dtype if out_dtype is None else out_dtype
