@@ -447,6 +447,15 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       const auto issue_dp = [&](int half) {
         mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage() * T::kQueryTileBytes + half * kHalfTile));
       };
+      // With softcap registers are short: lengths come from the tile again.
+      const auto to_probabilities = [&](int half) {
+        if constexpr (T::kSoftcap) {
+          const int length_k = uniform(t.seqlen_k);
+          softmax(s, length_k - uniform(t.seqlen_q), key0, length_k, m, half);
+        } else {
+          softmax(s, shift, key0, seqlen_k, m, half);
+        }
+      };
       const auto next_block = [&] {
         q_ring.advance(), do_ring.advance();
         if (++m == query_end) m = query_begin;
@@ -467,7 +476,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       issue_s(0);
       issue_dp(0);
       wgmma_wait<1>(), pin(s);
-      softmax(s, shift, key0, seqlen_k, m, 0);
+      to_probabilities(0);
       pin(s);
 
       // One step. On entry: P of its (first half) block in s, dP on its way. Before leaving it queues S and dP of the
@@ -510,7 +519,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           send_dq();  // its proxy fence takes a while: under the MMAs
           wgmma_wait<1>(), pin(s);  // dK and S
           arrive(plan.q_empty[q_stage]);
-          softmax(s, shift, key0, seqlen_k, m, 0);
+          to_probabilities(0);
           pin(s);
         }
       };
@@ -542,7 +551,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         issue_dp(1);
         wgmma_wait<3>(), pin(s);  // dQ, S
         if constexpr (decltype(sends)::value) pin(dq);
-        softmax(s, shift, key0, seqlen_k, m, 1);
+        to_probabilities(1);
         pin(s);
         if constexpr (decltype(sends)::value) send_finished_dq();
         wgmma_wait<0>(), pin(dp);
@@ -570,7 +579,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         if constexpr (!kLast) {
           issue_dp(0);
           wgmma_wait<3>(), pin(s);
-          softmax(s, shift, key0, seqlen_k, m, 0);
+          to_probabilities(0);
           pin(s);
         }
         fence_proxy_async_shared();
