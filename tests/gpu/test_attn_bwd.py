@@ -208,7 +208,11 @@ PACKED = ((100, 100), (0, 5), (257, 300), (1, 1), (64, 0), (128, 128), (333, 200
 def cases() -> list[Case]:
     found = []
     for dims in DIMS:
-        for shape in SHAPES if dims["dim"] in (64, 128, 256) else SHAPES[2:5]:
+        own_bucket = dims["dim"] in (64, 96, 128, 192, 256)
+        shapes = (
+            SHAPES if dims["dim"] in (64, 128, 256) else SHAPES[2:5] if own_bucket else SHAPES[3:4]
+        )
+        for shape in shapes:
             for causal in (False, True):
                 groups = shape.get("heads", 2)
                 found.append(Case(**{"groups": groups, "causal": causal, **shape, **dims}))
