@@ -43,6 +43,12 @@ _ORDERS = {96: 32, 192: 64}
 # after this many binary digits behind its leading one, 32 products at a time.
 ACCUMULATOR_BITS = 13
 PRODUCTS_PER_STEP = 32
+# The column whose product with P is the row sum. Four significant bits: its products are cut as
+# those of V are.
+ONES_VALUE = 1.875
+# Blocks whose V descale is this many octaves below the largest before them: their rounded P does
+# not matter to O, but would to the row sum, which takes them unrounded.
+SMALL_OCTAVES = 3.0
 PROBABILITY_OFFSET = 8.0  # the largest probability becomes 2^8 of the 448 that e4m3 holds
 
 
@@ -328,6 +334,7 @@ def _attend_codes(
     rows = q.shape[0]
     m = q.new_full((rows,), -math.inf)
     total, out = q.new_zeros(rows), q.new_zeros(rows, v.shape[1])
+    top_bias = q.new_tensor(-math.inf)
     for begin in reversed(range(0, k.shape[0], block_n)):
         keys = slice(begin, begin + block_n)
         seen = mask[:, keys]
@@ -343,8 +350,15 @@ def _attend_codes(
         shift = torch.where(m.isneginf(), 0.0, m)
         alpha = torch.where(m.isneginf(), 1.0, torch.exp2(before - shift))
         p = torch.exp2(scores - shift[:, None] + PROBABILITY_OFFSET)
-        total = total * alpha + p.sum(1) / v_descale[begin].to(dtype)
         p8 = p.clamp(max=E4M3_MAX).float().to(E4M3).to(dtype)
+        small = not bool(bias >= top_bias - SMALL_OCTAVES)
+        top_bias = torch.fmax(top_bias, bias)
+        if two_level and not small:  # by one more column of V, so rounded and cut as P V is
+            ones = p8.new_full((p8.shape[1], 1), ONES_VALUE)
+            share = (hopper_matmul(p8, ones).to(dtype) if hopper else p8 @ ones)[:, 0] / ONES_VALUE
+        else:
+            share = p.sum(1)
+        total = total * alpha + share / v_descale[begin].to(dtype)
         out = out * alpha[:, None]
         if not hopper:
             out = out + p8 @ v[keys]
@@ -381,7 +395,9 @@ def attention_fp8(
     """Attention on e4m3 codes as the kernel does it: online softmax, key blocks from the end.
 
     V's descale enters as a bias of the scores (b = log2 of it): p' = 2^(s c + b - m + 8) is p times
-    the descale, rounded to e4m3; the row sum takes b back and is not rounded.
+    the descale, rounded to e4m3; the row sum takes b back. With two levels it sums the rounded p':
+    what the rounding does to the mean of V cancels in out = O / sum, and lse is the log of that
+    same sum (within log(1 + 2^-4) of the exact one). With one level it sums p' unrounded.
 
     Args:
         q, k, v: codes (B, S, H, D), (B, Sk, G, D), (B, Sk, G, E), or packed with cu_seqlens.

@@ -9,6 +9,7 @@ namespace {
 constexpr const char* kName = "fa3_attn_fp8_fwd";
 constexpr int kMaxHeadDim = 256;
 constexpr int kHeadDimMultiple = 16;  // 16-byte rows of e4m3
+constexpr int kUnroundedSum = 1;      // options, for ablations: Fp8Sums::TwoLevelUnrounded
 
 int64_t workspace_bytes(const fa3_attn_fp8_fwd_params& a) {
   const int64_t words = kFp8PrefixOffset + (a.cu_seqlens_q != nullptr ? int64_t(a.batch) + 1 : 0);
@@ -42,18 +43,19 @@ int check(const fa3_attn_fp8_fwd_params& a) {
                 a.window_left, a.window_right);
   if (a.two_level != 0 && a.two_level != 1)
     return fail(FA3_INVALID_ARGUMENT, "%s: two_level must be 0 or 1, got %d", kName, a.two_level);
-  if (a.options != 0)
-    return fail(FA3_UNSUPPORTED, "%s: the FP8 forward has no ablation options, got options = %d", kName, a.options);
+  if (a.options != 0 && !(a.options == kUnroundedSum && a.two_level))
+    return fail(FA3_UNSUPPORTED, "%s: options must be 0, or %d (row sum of unrounded P) with two_level = 1, got %d and %d",
+                kName, kUnroundedSum, a.options, a.two_level);
   return FA3_OK;
 }
 
-template <bool kTwoLevel>
+template <Fp8Sums kSums>
 int choose_head_dim(const fa3_attn_fp8_fwd_params& a, const Device& device) {
-  if (a.head_dim_qk <= 64) return fp8_launch<64, kTwoLevel>(a, device);
-  if (a.head_dim_qk <= 96) return fp8_launch<96, kTwoLevel>(a, device);
-  if (a.head_dim_qk <= 128) return fp8_launch<128, kTwoLevel>(a, device);
-  if (a.head_dim_qk <= 192) return fp8_launch<192, kTwoLevel>(a, device);
-  return fp8_launch<256, kTwoLevel>(a, device);
+  if (a.head_dim_qk <= 64) return fp8_launch<64, kSums>(a, device);
+  if (a.head_dim_qk <= 96) return fp8_launch<96, kSums>(a, device);
+  if (a.head_dim_qk <= 128) return fp8_launch<128, kSums>(a, device);
+  if (a.head_dim_qk <= 192) return fp8_launch<192, kSums>(a, device);
+  return fp8_launch<256, kSums>(a, device);
 }
 
 int attn_fp8_fwd(const fa3_attn_fp8_fwd_params& a) {
@@ -75,7 +77,9 @@ int attn_fp8_fwd(const fa3_attn_fp8_fwd_params& a) {
   FA3_TRY(check_workspace(kName, a.workspace, a.workspace_bytes, workspace_bytes(a), 16));
   Device device;
   FA3_TRY(current_device(kName, &device));
-  return a.two_level ? choose_head_dim<true>(a, device) : choose_head_dim<false>(a, device);
+  if (!a.two_level) return choose_head_dim<Fp8Sums::OneLevel>(a, device);
+  if (a.options == kUnroundedSum) return choose_head_dim<Fp8Sums::TwoLevelUnrounded>(a, device);
+  return choose_head_dim<Fp8Sums::TwoLevel>(a, device);
 }
 
 }  // namespace

@@ -11,12 +11,12 @@
 //
 // Two levels. The FP8 tensor core keeps 14 bits of a sum and cuts towards zero, a bias that grows with the context
 // (docs/fp8.md). So each block's P V starts from zero in T, and O = O alpha + T is done in FP32: alpha is the rescale that
-// the online softmax needs anyway.
+// the online softmax needs anyway. What bias is left in one block, and the mean error of rounding P, is
+// taken out by the row sum: it is one more column of P V, over a V of kFp8OnesValue, and suffers the same.
 //
 // Threads: warpgroup 0 loads and transposes (fp8_produce.cuh). Warpgroups 1.. own 64 query rows each and take turns at the
-// tensor cores: a turn is P V of block n followed, without a gap, by Q K^T of block n + 1; the softmax of a
-// warpgroup runs during the turns of the others. To have no gap, P V comes in column parts (fp8_traits.cuh): while the
-// last one runs, the one before is added to O and gives its registers to the first part of the next scores.
+// tensor cores: a turn is P V of block n, the promotion, and Q K^T of block n + 1, whose S takes the registers of T. The
+// softmax of a warpgroup runs during the turns of the others.
 #pragma once
 #include "attn/fp8_produce.cuh"
 #include "attn/fp8_softmax.cuh"
@@ -25,28 +25,32 @@
 namespace fa3 {
 
 constexpr float kFp8Offset = 8.f;
-constexpr bool kIntegerMax = false;
+constexpr float kFp8OnesValue = 1.875f;  // four significant bits: its products are cut as those of V are
 constexpr float kLn2 = 0.6931471805599453f;
 
 // ---- consumer: one warpgroup -----------------------------------------------------------------
 template <class T>
 struct Fp8Consumer {
   using Shared = Fp8Shared<T>;
-  static constexpr int kAlignedWidthForm = T::kWidth;
   static constexpr uint64_t kRowForm = descriptor_form<T::kWidth>(16);  // Q, K: rows of kWidth bytes
   static constexpr uint64_t kVtForm = descriptor_form<128>(16);         // Vt: rows of 128 keys
   static constexpr int kStepBytes = 32;                                 // one k-step: 32 elements of e4m3
   static constexpr int kStepsPerSlab = T::kWidth / kStepBytes;
+
+  static constexpr float kUnit = T::kSumByProduct ? kFp8OnesValue : 1.f;
 
   const Fp8FwdKernelParams& p;
   const uint32_t smem;
   const int group, warp, lane;
 
   float o[T::kValueParts][T::kValueColumns / 2];
-  float t[T::kTwoLevel ? T::kValueColumns / 2 : 1];
+  float t[T::kTwoLevel ? T::kLastColumns / 2 : 1];     // P V of one block: the last part, with the sum of P
+  float t_before[T::kTwoLevel ? T::kValueColumns / 2 : 1];  // the parts before it
   float s[T::kBlockN / 2];
   uint32_t probability[T::kBlockN / 8];
-  float m[2], l[2], alpha[2];
+  float m[2], alpha[2];
+  float l[2];      // this thread's share of the sum of 2^-b p', times kUnit
+  float top_bias;  // largest bias of the tile so far
   float c, bias, unbias, q_scale;
 
   Ring<T::kKStages> k;
@@ -108,58 +112,66 @@ struct Fp8Consumer {
   FA3_DEVICE void issue_values() {
     const uint64_t b = descriptor_at(kVtForm, smem + offsetof(Shared, vt)) + v.stage * (T::kVtBytes >> 4) +
                        kPart * (T::kValueColumns * T::kBlockN >> 4);
-    using Mma = Wgmma<e4m3, T::kValueColumns>;
 #pragma unroll
     for (int i = 0; i < T::kBlockN / kStepBytes; ++i) {
       const uint32_t* a = probability + 4 * i;
       const uint64_t bi = descriptor_step(b, i * kStepBytes);
-      if constexpr (!T::kTwoLevel) Mma::rs(o[kPart], a[0], a[1], a[2], a[3], bi);
-      else if (i == 0) Mma::rs_zero(t, a[0], a[1], a[2], a[3], bi);
-      else Mma::rs(t, a[0], a[1], a[2], a[3], bi);
+      if constexpr (!T::kTwoLevel) {
+        Wgmma<e4m3, T::kValueColumns>::rs(o[kPart], a[0], a[1], a[2], a[3], bi);
+      } else if constexpr (kPart + 1 < T::kValueParts) {
+        using Mma = Wgmma<e4m3, T::kValueColumns>;
+        if (i == 0) Mma::rs_zero(t_before, a[0], a[1], a[2], a[3], bi);
+        else Mma::rs(t_before, a[0], a[1], a[2], a[3], bi);
+      } else {
+        using Mma = Wgmma<e4m3, T::kLastColumns>;
+        if (i == 0) Mma::rs_zero(t, a[0], a[1], a[2], a[3], bi);
+        else Mma::rs(t, a[0], a[1], a[2], a[3], bi);
+      }
     }
     wgmma_commit();
   }
   template <int kPart>
   FA3_DEVICE void promote() {
+    constexpr int kRegisters = T::kValueColumns / 2;
+    if constexpr (kPart + 1 < T::kValueParts) {
+      pin(t_before);
 #pragma unroll
-    for (int r = 0; r < T::kValueColumns / 2; ++r)
-      o[kPart][r] = fmaf(o[kPart][r], alpha[(r >> 1) & 1], t[r]);
+      for (int r = 0; r < kRegisters; ++r) o[kPart][r] = fmaf(o[kPart][r], alpha[(r >> 1) & 1], t_before[r]);
+    } else {
+      pin(t);
+#pragma unroll
+      for (int r = 0; r < kRegisters; ++r) o[kPart][r] = fmaf(o[kPart][r], alpha[(r >> 1) & 1], t[r]);
+#pragma unroll
+      for (int i = 0; T::kSumByProduct && i < 2; ++i) l[i] = fmaf(t[T::kLastColumns / 2 - 4 + 2 * i], unbias, l[i]);
+    }
     pin(o[kPart]);
   }
 
-  // A turn at the tensor cores: P V of this block, then (kNext) Q K^T of the next one. Where the registers of S are free
-  // beside those of P V (kScoresAhead), both are issued at once.
+  // A turn at the tensor cores: P V of this block, then (kNext) Q K^T of the next one, whose S takes the registers of T.
   template <bool kNext>
   FA3_DEVICE void turn() {
     wait_turn();
-    value_parts<kNext, 0>();
-    if constexpr (kNext && !T::kScoresAhead) {
+    value_parts<0>();
+    if constexpr (kNext) {
       wait_keys();  // a branch: without one ptxas adds T to O after the issue, and S no longer fits in the place of T
       wgmma_fence();
       issue_scores();
     }
-    if constexpr (!kNext || !T::kScoresAhead) pass_turn();
+    pass_turn();
   }
-  template <bool kNext, int kPart>
+  template <int kPart>
   FA3_DEVICE void value_parts() {
-    constexpr bool kLast = kPart + 1 == T::kValueParts;
-    constexpr bool kAhead = kNext && kLast && T::kScoresAhead;
     pin(probability);
     if constexpr (!T::kTwoLevel) pin(o[0]);
     if constexpr (kPart > 0) wait_values();  // a branch, as above
     wgmma_fence();
     issue_values<kPart>();
-    if constexpr (kAhead) {
-      issue_scores();
-      pass_turn();
-    }
-    wgmma_wait<(kAhead ? 1 : 0)>();
-    if constexpr (T::kTwoLevel) pin(t);
-    else pin(o[0]);
+    wgmma_wait<0>();
+    if constexpr (!T::kTwoLevel) pin(o[0]);
     pin(probability);
-    if constexpr (kLast) release_values();
+    if constexpr (kPart + 1 == T::kValueParts) release_values();
     if constexpr (T::kTwoLevel) promote<kPart>();
-    if constexpr (!kLast) value_parts<kNext, kPart + 1>();
+    if constexpr (kPart + 1 < T::kValueParts) value_parts<kPart + 1>();
   }
 
   // ---- softmax of block n, whose scores are in flight
@@ -172,11 +184,11 @@ struct Fp8Consumer {
     float top[2];
     row_maxima(top);
 
-    float shift[2], sum[2];
+    float shift[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float before = m[i];
-      m[i] = fmaxf(before, fmaf(quad_max(top[i]), c, bias));
+      m[i] = max_nan(before, fmaf(quad_max_nan(top[i]), c, bias));  // a NaN stays
       alpha[i] = m[i] == -INFINITY ? 1.f : exp2_approx(before - m[i]);
       // A row without keys so far: 2^(-inf - 0) = 0 instead of 2^(-inf + inf).
       shift[i] = (m[i] == -INFINITY ? 0.f : m[i]) - (kFp8Offset + bias);
@@ -185,26 +197,38 @@ struct Fp8Consumer {
 #pragma unroll
       for (int r = 0; r < T::kValueColumns / 2; ++r) o[0][r] *= alpha[(r >> 1) & 1];
     }
+    l[0] *= alpha[0];
+    l[1] *= alpha[1];
+    // The sum of the rounded p' comes with P V (promote). It must not where the block's V is small beside that of blocks
+    // before: such p' lie near the end of e4m3 and do not matter to O, but they do to the row sum.
+    constexpr float kSmallOctaves = 3.f;
+    const bool exact_sum = !T::kSumByProduct || !(bias >= top_bias - kSmallOctaves);
+    if constexpr (T::kSumByProduct) top_bias = fmaxf(top_bias, bias);
+    if (exact_sum) {
+      exponentials(shift);
+      l[0] = fmaf(row_sum<0>(s), unbias * kUnit, l[0]);
+      l[1] = fmaf(row_sum<1>(s), unbias * kUnit, l[1]);
+      pack();
+      unbias = 0.f;  // promote adds nothing
+    } else {
+      exponentials(shift);
+      pack();
+    }
+  }
+  FA3_DEVICE void exponentials(const float (&shift)[2]) {
     row_exp2<0>(s, c, shift[0]);
     row_exp2<1>(s, c, shift[1]);
-    sum[0] = row_sum<0>(s);
-    sum[1] = row_sum<1>(s);
+  }
+  FA3_DEVICE void pack() {
     pack_row<0>(s, probability);
     pack_row<1>(s, probability);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) l[i] = fmaf(sum[i], unbias, l[i] * alpha[i]);
   }
   FA3_DEVICE void row_maxima(float (&top)[2]) {
-    if constexpr (kIntegerMax) {
-      top[0] = __int_as_float(row_max_signed<0>(s));
-      top[1] = __int_as_float(row_max_signed<1>(s));
-      if (__any_sync(0xffffffffu, __float_as_int(top[0]) < 0 || __float_as_int(top[1]) < 0)) {
-        if (__float_as_int(top[0]) < 0) top[0] = row_max_negative<0>(s);
-        if (__float_as_int(top[1]) < 0) top[1] = row_max_negative<1>(s);
-      }
-    } else {
-      top[0] = row_max<0>(s);
-      top[1] = row_max<1>(s);
+    top[0] = __int_as_float(row_max_signed<0>(s));
+    top[1] = __int_as_float(row_max_signed<1>(s));
+    if (__any_sync(0xffffffffu, __float_as_int(top[0]) < 0 || __float_as_int(top[1]) < 0)) {
+      if (__float_as_int(top[0]) < 0) top[0] = row_max_negative<0>(s);
+      if (__float_as_int(top[1]) < 0) top[1] = row_max_negative<1>(s);
     }
   }
   FA3_DEVICE void mask(int n) {
@@ -250,6 +274,7 @@ struct Fp8Consumer {
       m[i] = -INFINITY;
       l[i] = 0.f;
     }
+    top_bias = -INFINITY;
 #pragma unroll
     for (int h = 0; h < T::kValueParts; ++h)
 #pragma unroll
@@ -293,12 +318,13 @@ struct Fp8Consumer {
     float inverse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float sum = quad_sum(l[i]);
-      inverse[i] = sum == 0.f ? 0.f : 1.f / sum;  // no key: 0; a NaN stays one
+      const float sum = quad_sum(l[i]) * (1.f / kUnit);
+      const bool empty = m[i] == -INFINITY;  // no key
+      inverse[i] = empty ? 0.f : 1.f / sum;
       const int row = warp_row + lane / 4 + 8 * i;
       if (lane % 4 == 0 && row < w.len_q)
         p.lse[(int64_t(w.batch) * p.heads_q + w.head) * p.lse_rows + w.token_q + row] =
-            sum == 0.f ? -INFINITY : fmaf(m[i] - kFp8Offset, kLn2, logf(sum));
+            empty ? -INFINITY : fmaf(m[i] - kFp8Offset, kLn2, logf(sum));
     }
     // 64 columns at a time through 2 KB of the warp's own, so that 8 lanes write 128 contiguous bytes.
     const uint32_t buffer = smem + offsetof(Shared, out) + T::kOutWarpBytes * (group * kWarpgroupWarps + warp);
@@ -352,8 +378,8 @@ struct Fp8Consumer {
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, 1) fp8_fwd_kernel(const __grid_constant__ Fp8FwdKernelParams p) {
   using Shared = Fp8Shared<T>;
-  extern __shared__ uint8_t shared_bytes[];
-  const uint32_t smem = (smem_addr(shared_bytes) + kSharedAlignment - 1) & ~uint32_t(kSharedAlignment - 1);
+  extern __shared__ __align__(kSharedAlignment) uint8_t shared_bytes[];
+  const uint32_t smem = smem_addr(shared_bytes);
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = T::kWarpgroups * kWarpgroupWarps;
     const auto init = [&](size_t offset, int stages, int arrivals) {
@@ -374,6 +400,15 @@ __global__ void __launch_bounds__(T::kThreads, 1) fp8_fwd_kernel(const __grid_co
     tma_prefetch_map(&p.k);
     tma_prefetch_map(&p.v);
   }
+  if constexpr (T::kOnesRows > 0)
+  for (int i = threadIdx.x; i < T::kVStages * T::kOnesRows * T::kBlockN / 16; i += T::kThreads) {
+    constexpr uint32_t kFour = 0x3F3F3F3F;  // e4m3 of kFp8OnesValue
+    constexpr int kChunks = T::kBlockN / 16, kPerStage = T::kOnesRows * kChunks;
+    const uint32_t x = i % kPerStage < kChunks ? kFour : 0;
+    sts128(smem + offsetof(Shared, vt) + i / kPerStage * T::kVtBytes + T::kHeadDim * T::kBlockN + i % kPerStage * 16,
+           make_uint4(x, x, x, x));
+  }
+  fence_proxy_async_shared();
   __syncthreads();
   const int warpgroup = uniform(threadIdx.x / kWarpgroupThreads);
   if (warpgroup == 0) {

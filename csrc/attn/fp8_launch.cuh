@@ -47,15 +47,17 @@ int encode_operand(CUtensorMap* map, const char* name, const fa3_tensor& x, cons
   return encode_tensor_map(map, name, FA3_E4M3, empty ? stand_in.ptr : x.ptr, shape);
 }
 
-template <int kHeadDim, bool kTwoLevel>
+template <int kHeadDim, Fp8Sums kSums>
 int fp8_launch(const fa3_attn_fp8_fwd_params& a, const Device& device) {
-  using T = Fp8Traits<kHeadDim, kTwoLevel>;
+  using T = Fp8Traits<kHeadDim, kSums>;
   const bool varlen = a.cu_seqlens_q != nullptr;
   const int64_t batch = varlen ? 1 : a.batch;
   Fp8FwdKernelParams p{};
-  FA3_TRY(encode_operand<T>(&p.q, "q", a.q, a.q, varlen ? a.total_q : a.seqlen_q, a.heads_q, batch, a.head_dim_qk, kWarpgroupRows));
-  FA3_TRY(encode_operand<T>(&p.k, "k", a.k, a.q, varlen ? a.total_k : a.seqlen_k, a.heads_k, batch, a.head_dim_qk, T::kBlockN));
-  FA3_TRY(encode_operand<T>(&p.v, "v", a.v, a.q, varlen ? a.total_k : a.seqlen_k, a.heads_k, batch, a.head_dim_qk, kFp8RawKeys));
+  const int64_t rows_q = varlen ? a.total_q : a.seqlen_q, rows_k = varlen ? a.total_k : a.seqlen_k;
+  const int dim = a.head_dim_qk;
+  FA3_TRY(encode_operand<T>(&p.q, "q", a.q, a.q, rows_q, a.heads_q, batch, dim, kWarpgroupRows));
+  FA3_TRY(encode_operand<T>(&p.k, "k", a.k, a.q, rows_k, a.heads_k, batch, dim, T::kBlockN));
+  FA3_TRY(encode_operand<T>(&p.v, "v", a.v, a.q, rows_k, a.heads_k, batch, dim, kFp8RawKeys));
   p.out = static_cast<uint8_t*>(a.out.ptr);
   p.out_stride_batch = a.out.stride_batch;
   p.out_stride_token = a.out.stride_token;
@@ -86,7 +88,8 @@ int fp8_launch(const fa3_attn_fp8_fwd_params& a, const Device& device) {
     p.k_scale_blocks = a.total_k / kFp8ScaleBlock + a.batch;
     p.next_work = counter;
     p.work_prefix = counter + kFp8PrefixOffset;
-    fp8_plan_kernel<T::kBlockM><<<1, kWarpThreads, 0, stream>>>(a.cu_seqlens_q, a.batch, counter, counter + kFp8PrefixOffset);
+    fp8_plan_kernel<T::kBlockM>
+        <<<1, kWarpThreads, 0, stream>>>(a.cu_seqlens_q, a.batch, counter, counter + kFp8PrefixOffset);
     FA3_TRY(check_cuda(cudaGetLastError(), "fa3_attn_fp8_fwd: launch of the plan"));
     p.work = INT32_MAX;
   } else {

@@ -25,17 +25,11 @@ FA3_DEVICE void load_tile(uint32_t dst, int slab_bytes, const CUtensorMap* map, 
     tma_load_4d(dst + i * slab_bytes, map, bar, policy, i * T::kWidth, token, head, batch);
 }
 
-FA3_DEVICE void store_work(uint32_t at, const Fp8Work& w) {
-  const auto u = [](int x) { return static_cast<uint32_t>(x); };
-  sts128(at, make_uint4(u(w.row0), u(w.len_q), u(w.len_k), u(w.head)));
-  sts128(at + 16, make_uint4(u(w.batch), u(w.token_q), u(w.token_k), u(w.block_begin)));
-  sts128(at + 32, make_uint4(u(w.block_end), u(w.scale_q), u(w.scale_k), 0));
-}
 // In registers that the compiler knows to be the same in the whole warp.
 FA3_DEVICE Fp8Work load_work(uint32_t at) {
   const uint4 a = lds128(at), b = lds128(at + 16), c = lds128(at + 32);
   return {uniform(a.x), uniform(a.y), uniform(a.z), uniform(a.w), uniform(b.x), uniform(b.y),
-          uniform(b.z), uniform(b.w), uniform(c.x), uniform(c.y), uniform(c.z), 0};
+          uniform(b.z), uniform(b.w), uniform(c.x), uniform(c.y), uniform(c.z), uniform(c.w)};
 }
 
 // ---- TMA: one thread -------------------------------------------------------------------------
@@ -49,20 +43,24 @@ FA3_DEVICE void feed(const Fp8FwdKernelParams& p, uint32_t smem) {
   int index = blockIdx.x;
   for (;;) {
     mbar_wait(smem + offsetof(Shared, work_empty) + 8 * slot.stage, slot.phase ^ 1);
-    const Fp8Work w = locate_work<T>(p, index);
-    store_work(smem + offsetof(Shared, work) + sizeof(Fp8Work) * slot.stage, w);
+    // The tile lives in shared memory for this thread as well: it has 24 registers where the consumers have 240.
+    const uint32_t work = smem + offsetof(Shared, work) + sizeof(Fp8Work) * slot.stage;
+    const auto field = [&](size_t offset) { return static_cast<int>(lds32(work + uint32_t(offset))); };
+    const bool found = locate_work<T>(p, index, work);
     mbar_arrive(smem + offsetof(Shared, work_full) + 8 * slot.stage);
     slot.advance();
-    if (w.row0 < 0) break;
+    if (!found) break;
     // The next index is asked for before the last loads of this tile, so that a CTA with a long tile does not hold two.
     const auto draw = [&] {
       index = p.next_work != nullptr ? atomicAdd(p.next_work, 1) + int(gridDim.x) : index + int(gridDim.x);
     };
-    if (w.block_begin >= w.block_end) draw();
-    const int head_k = w.head / p.group;
-    for (int n = w.block_end - 1; n >= w.block_begin; --n) {
-      const float k_scale = checked_descale(__ldg(p.k_descale + w.scale_k + n));
-      const float v_scale = checked_descale(__ldg(p.v_descale + w.scale_k + n));
+    int n = field(offsetof(Fp8Work, block_end)) - 1;
+    if (n < field(offsetof(Fp8Work, block_begin))) draw();
+#pragma unroll 1
+    for (; n >= field(offsetof(Fp8Work, block_begin)); --n) {
+      const int block_scale = field(offsetof(Fp8Work, scale_k)) + n;
+      const float k_scale = checked_descale(__ldg(p.k_descale + block_scale));
+      const float v_scale = checked_descale(__ldg(p.v_descale + block_scale));
       // log2 of a zero descale (a block of zeros) must stay finite: the keys of the block still count in the row sum.
       constexpr float kSmallest = 1e-30f;
       const float bias = log2_approx(v_scale < kSmallest ? kSmallest : v_scale);
@@ -72,27 +70,30 @@ FA3_DEVICE void feed(const Fp8FwdKernelParams& p, uint32_t smem) {
              make_uint4(__float_as_uint(k_scale), __float_as_uint(bias), __float_as_uint(exp2_approx(-bias)), 0));
       mbar_arrive_expect_tx(k_full, T::kKBytes);
       load_tile<T>(smem + offsetof(Shared, k) + T::kKBytes * k.stage, T::kBlockN * T::kWidth, &p.k, k_full, kL2EvictLast,
-                   w.token_k + n * T::kBlockN, head_k, w.batch);
+                   field(offsetof(Fp8Work, token_k)) + n * T::kBlockN, field(offsetof(Fp8Work, head_k)),
+                   field(offsetof(Fp8Work, batch)));
       k.advance();
-      if (n == w.block_end - 1) {
+      if (n == field(offsetof(Fp8Work, block_end)) - 1) {
 #pragma unroll 1
         for (int g = 0; g < T::kWarpgroups; ++g) {
           const uint32_t q_full = smem + offsetof(Shared, q_full) + 8 * g;
           mbar_wait(smem + offsetof(Shared, q_empty) + 8 * g, q.phase ^ 1);
           mbar_arrive_expect_tx(q_full, T::kQBytes);
           load_tile<T>(smem + offsetof(Shared, q) + T::kQBytes * g, kWarpgroupRows * T::kWidth, &p.q, q_full, kL2EvictFirst,
-                       w.token_q + w.row0 + g * kWarpgroupRows, w.head, w.batch);
+                       field(offsetof(Fp8Work, token_q)) + field(offsetof(Fp8Work, row0)) + g * kWarpgroupRows,
+                       field(offsetof(Fp8Work, head)), field(offsetof(Fp8Work, batch)));
         }
         q.advance();
       }
-      if (n == w.block_begin) draw();
+      if (n == field(offsetof(Fp8Work, block_begin))) draw();
 #pragma unroll 1
       for (int half = 0; half < T::kBlockN / kFp8RawKeys; ++half) {
         const uint32_t raw_full = smem + offsetof(Shared, raw_full) + 8 * raw.stage;
         mbar_wait(smem + offsetof(Shared, raw_empty) + 8 * raw.stage, raw.phase ^ 1);
         mbar_arrive_expect_tx(raw_full, T::kRawBytes);
         load_tile<T>(smem + offsetof(Shared, raw) + T::kRawBytes * raw.stage, kFp8RawKeys * T::kWidth, &p.v, raw_full,
-                     kL2EvictLast, w.token_k + n * T::kBlockN + half * kFp8RawKeys, head_k, w.batch);
+                     kL2EvictLast, field(offsetof(Fp8Work, token_k)) + n * T::kBlockN + half * kFp8RawKeys,
+                     field(offsetof(Fp8Work, head_k)), field(offsetof(Fp8Work, batch)));
         raw.advance();
       }
     }

@@ -2,58 +2,76 @@
 #pragma once
 #include "attn/fp8_keys.cuh"
 #include "attn/fp8_traits.cuh"
+#include "ptx/memory.cuh"
 
 namespace fa3 {
 
-// Tile number `index` of the launch. Inside a section of heads the tiles with most keys come first (the last rows, where a
-// causal mask is); a section's K and V fit into the L2.
+// One field of a tile in shared memory. The producer has 24 registers: it keeps nothing of a tile in them.
+#define FA3_FP8_FIELD(name) (at + uint32_t(offsetof(Fp8Work, name)))
+
+// Describes tile number `index` of the launch at shared address `at` and returns whether there is one. Inside a section
+// of heads the tiles with most keys come first (the last rows, where a causal mask is); the K and V of a section fit
+// into the L2.
 template <class T>
-FA3_DEVICE Fp8Work locate_work(const Fp8FwdKernelParams& p, int index) {
-  Fp8Work w{};
-  int tile;
+FA3_DEVICE bool locate_work(const Fp8FwdKernelParams& p, int index, uint32_t at) {
+  int row0;
   if (p.cu_q == nullptr) {
-    if (index >= p.work) return w.row0 = -1, w;
-    const int pairs = p.batch * p.heads_q;
-    const int section = index / (p.heads_per_section * p.tiles_per_head);
-    const int rest = index - section * p.heads_per_section * p.tiles_per_head;
-    const int first = section * p.heads_per_section;
-    const int heads = min(p.heads_per_section, pairs - first);
-    const int from_end = rest / heads;
-    const int pair = first + rest - from_end * heads;
-    w.batch = pair / p.heads_q;
-    w.head = pair - w.batch * p.heads_q;
-    w.len_q = p.seqlen_q;
-    w.len_k = p.seqlen_k;
-    w.scale_q = pair * p.q_scale_blocks;
-    w.scale_k = (w.batch * p.heads_k + w.head / p.group) * p.k_scale_blocks;
-    tile = p.tiles_per_head - 1 - from_end;
+    if (index >= p.work) return sts32(FA3_FP8_FIELD(row0), uint32_t(-1)), false;
+    const int per_section = p.heads_per_section * p.tiles_per_head;
+    int pair = index / per_section * p.heads_per_section;  // (batch, head), first of the section
+    {
+      const int rest = index % per_section;
+      const int heads = min(p.heads_per_section, p.batch * p.heads_q - pair);
+      const int from_end = rest / heads;
+      pair += rest - from_end * heads;
+      row0 = (p.tiles_per_head - 1 - from_end) * T::kBlockM;
+    }
+    sts32(FA3_FP8_FIELD(scale_q), pair * p.q_scale_blocks);
+    const int batch = pair / p.heads_q, head = pair - batch * p.heads_q, head_k = head / p.group;
+    sts32(FA3_FP8_FIELD(batch), batch);
+    sts32(FA3_FP8_FIELD(head), head);
+    sts32(FA3_FP8_FIELD(head_k), head_k);
+    sts32(FA3_FP8_FIELD(scale_k), (batch * p.heads_k + head_k) * p.k_scale_blocks);
+    sts32(FA3_FP8_FIELD(token_q), 0);
+    sts32(FA3_FP8_FIELD(token_k), 0);
+    sts32(FA3_FP8_FIELD(len_q), p.seqlen_q);
+    sts32(FA3_FP8_FIELD(len_k), p.seqlen_k);
   } else {
     // Sequence b owns the indices [prefix[b], prefix[b + 1]) * heads_q.
-    if (index >= __ldg(p.work_prefix + p.batch) * p.heads_q) return w.row0 = -1, w;
-    int low = 0, high = p.batch;  // prefix[low] * heads <= index < prefix[high] * heads
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (__ldg(p.work_prefix + middle) * p.heads_q <= index) low = middle;
-      else high = middle;
+    const int* prefix = p.work_prefix;
+    if (index >= __ldg(prefix + p.batch) * p.heads_q) return sts32(FA3_FP8_FIELD(row0), uint32_t(-1)), false;
+    int b = 0;  // prefix[b] * heads <= index < prefix[end] * heads
+    for (int end = p.batch; end - b > 1;) {
+      const int middle = (b + end) / 2;
+      if (__ldg(prefix + middle) * p.heads_q <= index) b = middle;
+      else end = middle;
     }
-    const int tiles = __ldg(p.work_prefix + low + 1) - __ldg(p.work_prefix + low);
-    const int rest = index - __ldg(p.work_prefix + low) * p.heads_q;
-    const int from_end = rest / p.heads_q;
-    w.head = rest - from_end * p.heads_q;
-    w.token_q = __ldg(p.cu_q + low);
-    w.token_k = __ldg(p.cu_k + low);
-    w.len_q = __ldg(p.cu_q + low + 1) - w.token_q;
-    w.len_k = __ldg(p.cu_k + low + 1) - w.token_k;
-    w.scale_q = w.head * p.q_scale_blocks + w.token_q / kFp8ScaleBlock + low;
-    w.scale_k = w.head / p.group * p.k_scale_blocks + w.token_k / kFp8ScaleBlock + low;
-    tile = tiles - 1 - from_end;
+    {
+      const int before = __ldg(prefix + b), tiles = __ldg(prefix + b + 1) - before;
+      const int rest = index - before * p.heads_q;
+      const int from_end = rest / p.heads_q, head = rest - from_end * p.heads_q;
+      row0 = (tiles - 1 - from_end) * T::kBlockM;
+      sts32(FA3_FP8_FIELD(head), head);
+      sts32(FA3_FP8_FIELD(head_k), head / p.group);
+    }
+    const int head = lds32(FA3_FP8_FIELD(head)), head_k = lds32(FA3_FP8_FIELD(head_k));
+    const int token_q = __ldg(p.cu_q + b), token_k = __ldg(p.cu_k + b);
+    sts32(FA3_FP8_FIELD(batch), 0);
+    sts32(FA3_FP8_FIELD(token_q), token_q);
+    sts32(FA3_FP8_FIELD(token_k), token_k);
+    sts32(FA3_FP8_FIELD(len_q), __ldg(p.cu_q + b + 1) - token_q);
+    sts32(FA3_FP8_FIELD(len_k), __ldg(p.cu_k + b + 1) - token_k);
+    sts32(FA3_FP8_FIELD(scale_q), head * p.q_scale_blocks + token_q / kFp8ScaleBlock + b);
+    sts32(FA3_FP8_FIELD(scale_k), head_k * p.k_scale_blocks + token_k / kFp8ScaleBlock + b);
   }
-  w.row0 = tile * T::kBlockM;
-  const KeyRange blocks = key_blocks(
-      visible_keys(w.row0, T::kBlockM, w.len_q, w.len_k, p.window_left, p.window_right));
-  w.block_begin = blocks.begin;
-  w.block_end = blocks.end;
-  return w;
+  sts32(FA3_FP8_FIELD(row0), row0);
+  const KeyRange blocks = key_blocks(visible_keys(row0, T::kBlockM, lds32(FA3_FP8_FIELD(len_q)),
+                                                  lds32(FA3_FP8_FIELD(len_k)), p.window_left, p.window_right));
+  sts32(FA3_FP8_FIELD(block_begin), blocks.begin);
+  sts32(FA3_FP8_FIELD(block_end), blocks.end);
+  return true;
 }
+
+#undef FA3_FP8_FIELD
 
 }  // namespace fa3

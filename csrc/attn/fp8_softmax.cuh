@@ -20,29 +20,19 @@ FA3_DEVICE void mask_scores(float (&s)[N], const int (&low)[2], const int (&high
   }
 }
 
-FA3_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+// Over the four lanes of a row.
+FA3_DEVICE float quad_max_nan(float x) {
+  x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return max_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 FA3_DEVICE float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Largest of the thread's scores of row kRow; a NaN score is passed over here and surfaces in the row sum.
-template <int kRow, int N>
-FA3_DEVICE float row_max(const float (&s)[N]) {
-  float a = s[2 * kRow], b = s[2 * kRow + 1];
-#pragma unroll
-  for (int n = 1; n < N / 4; ++n) {
-    a = fmaxf(a, s[4 * n + 2 * kRow]);
-    b = fmaxf(b, s[4 * n + 2 * kRow + 1]);
-  }
-  return fmaxf(a, b);
-}
-
-// The same with 3-input integer maxima, half the instructions. Floats order like signed integers unless both are
-// negative: the result is right if it is >= 0, and some negative score if none is >= 0 (then: row_max_negative).
+// Largest of the thread's scores of row kRow, by 3-input integer maxima: half the instructions of fmaxf. Floats order like
+// signed integers unless both are negative: the result is right if it is >= 0, and some negative score if none is
+// (then: row_max_negative). A NaN of the tensor core is the largest integer of all.
 template <int kRow, int N>
 FA3_DEVICE int row_max_signed(const float (&s)[N]) {
   int a = __float_as_int(s[2 * kRow]), b = __float_as_int(s[2 * kRow + 1]);

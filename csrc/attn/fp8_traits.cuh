@@ -5,6 +5,7 @@
 #include <cstddef>
 
 #include "attn/fp8_keys.cuh"
+#include "attn/fp8_launch.h"
 #include "ptx/types.cuh"
 #include "ptx/warp.cuh"
 #include "tile/layout.cuh"
@@ -41,18 +42,18 @@ constexpr int kUnboundedWindow = 1 << 29;  // added to a row index it stays insi
 // What decides speed, per head dim. Measured on an H200 (docs/fp8.md). `binds`: what keeps the row from being larger.
 struct Fp8Tile {
   int head_dim;
-  int warpgroups;     // of 64 query rows
+  int warpgroups;      // of 64 query rows
+  int warpgroups_sum;  // the same where the row sum is made of scores in registers
   int value_columns;  // two levels: columns of P V that are promoted at a time
-  bool scores_ahead;  // Q K^T of the next block is issued together with P V: registers for both
   int k_stages, raw_stages, v_stages;
 };
 constexpr Fp8Tile kFp8Tiles[] = {
-    // d   wg  cols ahead  K  raw  Vt      binds
-    {64, 3, 64, true, 4, 6, 4},     //     exponentials; registers: S 64 + P 16 + T 32 + O 32 of 160
-    {96, 3, 96, false, 3, 4, 3},    //     registers: S 64 or P 16 + T 48, O 48
-    {128, 3, 128, false, 3, 4, 3},  //     registers: S 64 or P 16 + T 64, O 64
-    {192, 2, 192, false, 2, 3, 2},  //     shared memory 209 KB
-    {256, 2, 128, false, 2, 3, 2},  //     shared memory 225 KB; registers: P 16 + T 64 + O 128 of 232
+    // d  wg sum cols  K raw Vt   binds
+    {64, 4, 3, 64, 4, 6, 4},    //  registers: S 64 or P 16 + T 36, O 32 of 112
+    {96, 3, 3, 96, 3, 4, 3},    //  registers: S 64 or P 16 + T 52, O 48 of 160
+    {128, 3, 3, 128, 3, 4, 3},  //  registers: S 64 or P 16 + T 68, O 64 of 160
+    {192, 2, 2, 192, 2, 3, 2},  //  shared memory 211 KB; registers: P 16 + T 100 + O 96 of 232
+    {256, 2, 2, 128, 2, 3, 2},  //  shared memory 227 KB; registers: P 16 + T 68 + O 128 of 232
 };
 constexpr Fp8Tile fp8_tile(int head_dim) {
   for (const Fp8Tile& row : kFp8Tiles)
@@ -60,25 +61,26 @@ constexpr Fp8Tile fp8_tile(int head_dim) {
   return {};
 }
 
-template <int kHeadDim_, bool kTwoLevel_>
+template <int kHeadDim_, Fp8Sums kSums_>
 struct Fp8Traits {
   static constexpr Fp8Tile kTile = fp8_tile(kHeadDim_);
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr bool kTwoLevel = kTwoLevel_;
+  static constexpr bool kTwoLevel = kSums_ != Fp8Sums::OneLevel;
+  static constexpr bool kSumByProduct = kSums_ == Fp8Sums::TwoLevel;
   static constexpr int kBlockN = kFp8BlockN;
 
-  static constexpr int kWarpgroups = kTile.warpgroups;
+  static constexpr int kWarpgroups = kSumByProduct ? kTile.warpgroups : kTile.warpgroups_sum;
   static constexpr int kBlockM = kWarpgroups * kWarpgroupRows;
   static constexpr int kThreads = (1 + kWarpgroups) * kWarpgroupThreads;
   static constexpr int kTransposers = 3;  // warps; the fourth of warpgroup 0 feeds TMA
-  static constexpr int kProducerRegisters = kWarpgroups == 3 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kWarpgroups == 3 ? 160 : 232;
 
   // One level: P V accumulates into O itself, in one piece. Pieces are as wide as registers allow: a narrow product with
   // A from registers takes as long as a wide one.
   static constexpr int kValueColumns = kTwoLevel ? kTile.value_columns : kHeadDim;
   static constexpr int kValueParts = kHeadDim / kValueColumns;
-  static constexpr bool kScoresAhead = kTile.scores_ahead;
+  // Shares of the 65,536 registers: a thread starts with 96 (4 consumers), 128 (3) or 168 (2).
+  static constexpr int kProducerRegisters = kWarpgroups >= 3 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kWarpgroups == 4 ? 112 : kWarpgroups == 3 ? 160 : 232;
 
   // Rows of Q, K and V: slabs of 64 or 128 bytes. Rows of Vt: 128 keys.
   static constexpr int kWidth = kHeadDim <= 64 ? 64 : 128;
@@ -86,7 +88,10 @@ struct Fp8Traits {
   static constexpr int kQBytes = kWarpgroupRows * kWidth * kSlabs;  // per warpgroup
   static constexpr int kKBytes = kBlockN * kWidth * kSlabs;
   static constexpr int kRawBytes = kFp8RawKeys * kWidth * kSlabs;
-  static constexpr int kVtBytes = kHeadDim * kBlockN;
+  // 8 more rows of Vt, the first all kFp8OnesValue, so that P V also yields the sum of the rounded P.
+  static constexpr int kOnesRows = kSumByProduct ? 8 : 0;
+  static constexpr int kLastColumns = kValueColumns + kOnesRows;  // of the last part
+  static constexpr int kVtBytes = (kHeadDim + kOnesRows) * kBlockN;
   static constexpr int kOutWarpBytes = 16 * 128;  // 16 rows x 64 columns of O on their way out
   static constexpr int kOutPasses = ceil_div(kHeadDim, 64);
 
@@ -108,7 +113,7 @@ struct alignas(16) Fp8Work {
   int token_q, token_k;        // first token of the sequence (dense: 0)
   int block_begin, block_end;  // key blocks [begin, end), visited from the right; none: begin >= end
   int scale_q, scale_k;        // index of the first descale
-  int unused;
+  int head_k;                  // its key/value head
 };
 constexpr int kFp8WorkSlots = 2;
 
@@ -133,17 +138,18 @@ struct Fp8Shared {
   uint64_t vt_full[T::kVStages], vt_empty[T::kVStages];
   uint64_t work_full[kFp8WorkSlots], work_empty[kFp8WorkSlots];
 };
-constexpr int kSharedAlignment = 1024;  // of the swizzle; dynamic shared memory promises 16
+// Dynamic shared memory starts at a multiple of this (behind the kilobyte that the system keeps): swizzles count on it.
+constexpr int kSharedAlignment = 1024;
 template <class T>
 constexpr int fp8_shared_bytes() {
-  static_assert(sizeof(Fp8Shared<T>) + kSharedAlignment <= kSharedBytesPerBlock, "shared memory");
-  return int(sizeof(Fp8Shared<T>)) + kSharedAlignment;
+  static_assert(sizeof(Fp8Shared<T>) <= kSharedBytesPerBlock, "shared memory");
+  return int(sizeof(Fp8Shared<T>));
 }
 
 // Named barriers. 0 belongs to __syncthreads.
 enum Fp8NamedBarrier {
   kFp8BarTurn = 1,         // + warpgroup: its turn at the tensor cores; arrives: the one before; waits: itself
-  kFp8BarTransposers = 4,  // the three transposing warps among themselves (end of a varlen sequence)
+  kFp8BarTransposers = 5,  // the three transposing warps among themselves (end of a varlen sequence)
 };
 
 }  // namespace fa3

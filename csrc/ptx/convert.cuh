@@ -12,10 +12,24 @@ FA3_DEVICE float exp2_approx(float x) {
   return y;
 }
 
-// lg2.approx
+// rcp.approx: relative error <= 2^-23; 0 gives inf.
+FA3_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// lg2.approx: absolute error <= 2^-22 for arguments near 1, relative elsewhere.
 FA3_DEVICE float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// max.NaN: NaN if either is (fmaxf returns the other one).
+FA3_DEVICE float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
   return y;
 }
 

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 # Columns of the accumulator. Any multiple of 8 up to 256 is legal; these are the ones kernels use.
-COLUMNS = (16, 32, 40, 48, 64, 72, 80, 96, 112, 128, 136, 144, 160, 176, 192, 200, 208, 224, 256)
+COLUMNS = (
+    16, 32, 40, 48, 64, 72, 80, 96, 104, 112, 128, 136, 144, 160, 176, 192, 200, 208, 224, 256,
+)  # fmt: skip
 # C++ element type -> PTX type, depth of one instruction, whether MN-major operands exist.
 ELEMENTS = {
     "bf16": ("bf16", 16, True),

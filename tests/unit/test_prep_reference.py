@@ -215,6 +215,10 @@ def test_tiny_blocks_stay_finite():
 # ---- attention on codes
 
 
+# The row sum of two-level attention takes P as rounded to e4m3: half a step is 2^-4 of it.
+ROUNDED_LSE = math.log1p(2.0**-4)
+
+
 def quantized(x, **kw):
     codes, descale = fp8.quantize_blocks(x.double(), **kw)
     return codes, descale, fp8.dequantize_blocks(codes, descale, dtype=torch.float64, **kw)
@@ -230,6 +234,12 @@ def test_attention_on_codes_is_attention_on_their_values(causal, window):
         q8, k8, v8, sq, sk, sv, causal=causal, window_size=window, dtype=torch.float64
     )
     truth, truth_lse = attention(q, k, v, causal=causal, window_size=window)
+    assert (lse - truth_lse).abs().max() < ROUNDED_LSE
+    assert relative_rms_error(out, truth) < 0.04
+    out, lse = fp8.attention_fp8(
+        q8, k8, v8, sq, sk, sv, causal=causal, window_size=window, two_level=False,
+        dtype=torch.float64,
+    )  # fmt: skip
     assert torch.allclose(lse, truth_lse, atol=1e-9)
     assert relative_rms_error(out, truth) < 0.04
 
@@ -244,7 +254,7 @@ def test_probabilities_keep_their_range_under_very_different_value_scales():
     )
     out, lse = fp8.attention_fp8(q8, k8, v8, sq, sk, sv, dtype=torch.float64)
     truth, truth_lse = attention(q, k, v)
-    assert torch.allclose(lse, truth_lse, atol=1e-9)
+    assert (lse - truth_lse).abs().max() < ROUNDED_LSE
     assert relative_rms_error(out, truth) < 0.04
 
 
@@ -257,7 +267,8 @@ def test_packed_attention_and_rows_without_keys():
     truth, truth_lse = attention(q, k, k, **kw)
     assert not out[:5].any() and lse[:, :5].isneginf().all()
     assert not out[135:].any() and lse[:, 135:].isneginf().all()
-    assert torch.allclose(lse, truth_lse, atol=1e-9)
+    some = truth_lse.isfinite()
+    assert (lse - truth_lse)[some].abs().max() < ROUNDED_LSE
     assert relative_rms_error(out, truth) < 0.04
 
 
