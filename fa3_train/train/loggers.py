@@ -233,6 +233,19 @@ def step_line(records: list[Record], total: int) -> str:
     return "  ".join(parts)
 
 
+def short_line(records: list[Record]) -> str:
+    """The interval for a live line beside a progress bar: what fits a terminal of 100 columns."""
+    ms = sum(r["step_ms"] for r in records)
+    share = next((r["attention_share"] for r in reversed(records) if r["attention_share"]), None)
+    parts = [
+        f"loss {records[-1]['loss']:.3f}",
+        f"{sum(r['tokens'] for r in records) / ms * 1e3:,.0f} tok/s",
+        f"mfu {_percent(_rate(records, 'mfu_causal'))}",
+        f"{ms / len(records):.0f} ms",
+    ]
+    return "  ".join(parts if share is None else [*parts, f"attn {100 * share:.0f}%"])
+
+
 class _PlainView:
     def __init__(self, total: int) -> None:
         self._total = total
@@ -270,16 +283,16 @@ class _RichView(_PlainView):
 
         self._progress = Progress(
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=16),
             TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
         )
         self._task = self._progress.add_task("", total=total, completed=done)
         self._progress.start()
 
     def steps(self, records: list[Record]) -> None:
-        text = step_line(records, self._total).split("  ", 1)[1]
-        self._progress.update(self._task, completed=records[-1]["step"], description=text)
+        done = records[-1]["step"]
+        self._progress.update(self._task, completed=done, description=short_line(records))
 
     def message(self, text: str) -> None:
         self._progress.console.print(text, markup=False, highlight=False)

@@ -9,7 +9,7 @@ import pytest
 
 from fa3_train.train.compose import load
 from fa3_train.train.config import ConfigError
-from fa3_train.train.loggers import RunLogger, prepare_metrics, step_line
+from fa3_train.train.loggers import RunLogger, prepare_metrics, short_line, step_line
 from fa3_train.train.plots import draw, read_metrics
 
 INFO = {
@@ -156,6 +156,12 @@ def test_line_averages_rates_over_time():
     fast = record(2, step_ms=100.0, mfu_causal=0.9, attention_share=0.25)
     line = step_line([slow, fast], 2)
     assert "2,000 tok/s" in line and "mfu_causal 18.0%" in line and "attention 25.0%" in line
+
+
+def test_live_line_fits_beside_the_bar():
+    records = [record(n, attention_share=0.251, tokens=1_000_000) for n in (1, 2)]
+    line = short_line(records)
+    assert line == "loss 7.800  5,000,000 tok/s  mfu 40.0%  200 ms  attn 25%" and len(line) < 62
 
 
 def test_unknown_peak_is_said_not_guessed(tmp_path, capsys):
