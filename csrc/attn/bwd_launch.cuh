@@ -184,17 +184,17 @@ inline BwdMode mode_of(const BwdCall& call) {
 
 template <class T>
 int launch_tiles(void (*kernel)(BwdKernelParams), const BwdCall& call, const BwdLaunch& launch,
-                 const BwdKernelParams& params, const TileOrder& order, const char* name) {
+                 const BwdKernelParams& params, const TileOrder& order, bool early, const char* name) {
   const int tiles = tile_count(order);
   FA3_TRY(allow_shared_memory(reinterpret_cast<const void*>(kernel), T::kSharedBytes));
   return launch_kernel(kernel, params, dim3(tiles < call.sm_count ? tiles : call.sm_count), T::kThreads,
-                       T::kSharedBytes, launch.stream, true, name);
+                       T::kSharedBytes, launch.stream, early, name);
 }
 
 template <int kHeadDim, class Elem, BwdMode kMode>
 int launch_fused_kernel(const BwdCall& call, const BwdLaunch& launch) {
   using T = BwdFusedTraits<kHeadDim, Elem, kMode>;
-  return launch_tiles<T>(bwd_fused<T>, call, launch, launch.main, call.plan.order, "bwd_fused");
+  return launch_tiles<T>(bwd_fused<T>, call, launch, launch.main, call.plan.order, true, "bwd_fused");
 }
 
 template <int kHeadDim, class Elem>
@@ -222,10 +222,12 @@ int launch_pass_kernels(const BwdCall& call, const BwdLaunch& launch) {
   using Keys = BwdKeysTraits<kDimQK, kDimV, Elem, kMode>;
   using Queries = BwdQueriesTraits<kDimQK, kDimV, Keys::BLOCK_M, Elem, kMode>;
   static_assert(Queries::BLOCK_M == kBwdQueryTile, "the plan counts query tiles");
-  FA3_TRY(launch_tiles<Keys>(bwd_keys<Keys>, call, launch, launch.main, call.plan.order, "bwd_keys"));
+  FA3_TRY(launch_tiles<Keys>(bwd_keys<Keys>, call, launch, launch.main, call.plan.order, true, "bwd_keys"));
   BwdKernelParams second = launch.main;
   FA3_TRY(encode_maps(call, {Queries::BLOCK_M, Queries::BLOCK_N}, &second));
-  return launch_tiles<Queries>(bwd_queries<Queries>, call, launch, second, call.plan.query_order, "bwd_queries");
+  // bwd_queries does not wait for bwd_prepare: bwd_keys, if there is any, lets it start no earlier.
+  const bool early = tile_count(call.plan.order) > 0;
+  return launch_tiles<Queries>(bwd_queries<Queries>, call, launch, second, call.plan.query_order, early, "bwd_queries");
 }
 
 template <int kDimQK, int kDimV, class Elem>
