@@ -6,6 +6,7 @@
 #include "ptx/convert.cuh"
 #include "ptx/launch.cuh"
 #include "ptx/memory.cuh"
+#include "ptx/thread.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/warp.cuh"
 #include "ptx/wgmma.cuh"
@@ -231,7 +232,7 @@ FA3_DEVICE void pack_all(const float (&x)[N], uint32_t (&out)[N / 2]) {
 // take part, a power of two, aligned.
 template <int kThreads>
 FA3_DEVICE void clear_rows(uint32_t tile, int slabs, int rows, int from) {
-  const int thread = (reread_thread_index() - kWarpgroupThreads) & (kThreads - 1);  // math begins after warpgroup 0
+  const int thread = (current_thread_index() - kWarpgroupThreads) & (kThreads - 1);  // math begins after warpgroup 0
   for (int slab = 0; slab < slabs; ++slab)
 #pragma unroll 1
     for (int chunk = from * (kSlabBytes / 16) + thread; chunk < rows * (kSlabBytes / 16); chunk += kThreads)
@@ -256,7 +257,7 @@ FA3_DEVICE void quad_transpose(uint32_t (&v)[4], int q) {
 // `dst`: row 0 of the tile; rows and cols bound what exists.
 template <class Elem, int N>
 FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t stride, int rows, int cols) {
-  const int thread = reread_thread_index() & 127, quad = thread & 3, row = acc_row(thread, 0);
+  const int thread = current_thread_index() & 127, quad = thread & 3, row = acc_row(thread, 0);
 #pragma unroll
   for (int u = 0; u < N / 32; ++u) {
     uint32_t lo[4], hi[4];
@@ -280,7 +281,7 @@ FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t st
 // The same, added to FP32 in global memory. Each element is added to once per call of this function.
 template <int N>
 FA3_DEVICE void add_rows(const float* acc, float factor, float* dst, int64_t stride, int rows, int cols) {
-  const int thread = reread_thread_index() & 127, row = acc_row(thread, 0);
+  const int thread = current_thread_index() & 127, row = acc_row(thread, 0);
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {
     const int col = 8 * i + 2 * (thread & 3);
@@ -296,7 +297,7 @@ FA3_DEVICE void add_rows(const float* acc, float factor, float* dst, int64_t str
 // 64 x N accumulators, times `factor`, into a swizzled 16-bit tile in shared memory: [N / 64 slabs][64 rows].
 template <class Elem, int N>
 FA3_DEVICE void stage_rows(const float* acc, float factor, uint32_t tile) {
-  const int thread = reread_thread_index() & 127, row = stmatrix_row(thread);
+  const int thread = current_thread_index() & 127, row = stmatrix_row(thread);
 #pragma unroll
   for (int j = 0; j < N / 16; ++j) {
     const float* c = acc + 8 * j;
@@ -310,7 +311,7 @@ FA3_DEVICE void stage_rows(const float* acc, float factor, uint32_t tile) {
 // Partial sums: plain FP32 stores.
 template <int N>
 FA3_DEVICE void store_rows_fp32(const float* acc, float factor, float* dst, int64_t stride, int rows, int cols) {
-  const int thread = reread_thread_index() & 127, row = acc_row(thread, 0);
+  const int thread = current_thread_index() & 127, row = acc_row(thread, 0);
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {
     const float* c = acc + 4 * i;
