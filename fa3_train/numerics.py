@@ -36,6 +36,14 @@ TOLERANCES: dict[str, Tolerance] = {
     "lse": Tolerance(2.0, 4.0, "fp32: exp2 and log2 of the hardware are good to 2 ulp each"),
     "grad": Tolerance(2.0, 1.0, "the project's rule; the floor is the rounding of the gradient"),
     "accum": Tolerance(2.0, 4.0, "fp32 sums over blocks, in another order than PyTorch's"),
+    "lse_fp8": Tolerance(
+        2.0,
+        256.0,
+        "beside an emulation of the FP8 kernel; 2^8 and descales pass through the exponent",
+    ),
+    "fp8_inputs": Tolerance(
+        1.2, 0.0, "RMS beside what rounding the inputs to e4m3 costs by itself"
+    ),
     "same": Tolerance(
         0.0, 32.0, "no low precision: the same sums, of some tens of terms, in another order"
     ),

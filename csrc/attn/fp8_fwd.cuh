@@ -400,13 +400,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) fp8_fwd_kernel(const __grid_co
     tma_prefetch_map(&p.k);
     tma_prefetch_map(&p.v);
   }
-  if constexpr (T::kOnesRows > 0)
-  for (int i = threadIdx.x; i < T::kVStages * T::kOnesRows * T::kBlockN / 16; i += T::kThreads) {
+  if constexpr (T::kSumByProduct) {
     constexpr uint32_t kFour = 0x3F3F3F3F;  // e4m3 of kFp8OnesValue
     constexpr int kChunks = T::kBlockN / 16, kPerStage = T::kOnesRows * kChunks;
-    const uint32_t x = i % kPerStage < kChunks ? kFour : 0;
-    sts128(smem + offsetof(Shared, vt) + i / kPerStage * T::kVtBytes + T::kHeadDim * T::kBlockN + i % kPerStage * 16,
-           make_uint4(x, x, x, x));
+    for (int i = threadIdx.x; i < T::kVStages * kPerStage; i += T::kThreads) {
+      const uint32_t x = i % kPerStage < kChunks ? kFour : 0;
+      const int row = i / kPerStage * T::kVtBytes + T::kHeadDim * T::kBlockN;
+      sts128(smem + offsetof(Shared, vt) + row + i % kPerStage * 16, make_uint4(x, x, x, x));
+    }
   }
   fence_proxy_async_shared();
   __syncthreads();

@@ -93,7 +93,9 @@ SHAPES = [  # batch, Sq, Sk, heads, groups
 @pytest.mark.parametrize("dim", HEAD_DIMS)
 def test_as_good_as_the_emulation(dim: int, two_level: bool) -> None:
     for i, (shape, name) in enumerate(itertools.product(SHAPES, WINDOWS)):
-        if (i + dim // 32) % 3:  # a third of the product for each head dim, all of it over the five
+        if (
+            i + dim // 32
+        ) % 4:  # a quarter of the product for each head dim, all of it over the five
             continue
         window, dtype = WINDOWS[name], (BF16, FP16)[i % 2]
         case = f"{shape} d{dim} {name} {dtype}"
@@ -103,7 +105,7 @@ def test_as_good_as_the_emulation(dim: int, two_level: bool) -> None:
         base_out, base_lse = emulated(*data, window, two_level, dtype)
         numerics.assert_as_good(out, true_out, base_out, "out", f"out {case}")
         # The emulation cuts as the hardware does; what is left is ex2 and lg2.
-        numerics.assert_as_good(lse, true_lse, base_lse, "lse", f"lse {case}")
+        numerics.assert_as_good(lse, true_lse, base_lse, "lse_fp8", f"lse {case}")
         again = run(*data, window, two_level, dtype)
         assert torch.equal(out, again[0]) and torch.equal(lse, again[1]), f"not repeatable: {case}"
 
@@ -115,7 +117,7 @@ def test_other_head_dims_run_in_the_next_tile(dim: int) -> None:
     true_out, true_lse = truth(*data, (-1, 0))
     base_out, base_lse = emulated(*data, (-1, 0), True, BF16)
     numerics.assert_as_good(out, true_out, base_out, "out")
-    numerics.assert_as_good(lse, true_lse, base_lse, "lse")
+    numerics.assert_as_good(lse, true_lse, base_lse, "lse_fp8")
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -165,6 +167,22 @@ def test_rows_without_keys(dim: int) -> None:
     out, lse = run(*data, (-1, 0))
     assert (out[:, :200] == 0).all() and (lse[..., :200] == -math.inf).all()
     assert lse[..., 200:].isfinite().all() and (out[:, 200:] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_unrounded_row_sum_is_an_option(dim: int) -> None:
+    """The ablation: promotion alone. Its lse is exact up to the 14-bit scores."""
+    data = quantize(*inputs(2, 200, 333, 2, 1, dim, kind=1))
+    scale = 1 / math.sqrt(dim)
+    flat = [x for x, _ in data] + [s for _, s in data]
+    out, lse = torch.ops.fa3_train.attn_fp8_fwd(
+        *flat, None, None, 200, 333, scale, True, -1, 0, True, BF16, 1
+    )
+    true_out, true_lse = truth(*data, (-1, 0))
+    base_out, _ = emulated(*data, (-1, 0), True, BF16)
+    _, base_lse = emulated(*data, (-1, 0), False, BF16)
+    numerics.assert_as_good(out, true_out, base_out, "out")
+    numerics.assert_as_good(lse, true_lse, base_lse, "lse_fp8")
 
 
 @pytest.mark.parametrize("two_level", [True, False])
@@ -227,40 +245,47 @@ def test_two_levels_stay_exact_over_long_contexts(dim: int, spread: str) -> None
     data = quantize(*(x.float() for x in (q, k, v)))
     true_out, _ = reference.attention(q.double(), k.double(), v.double())
     rounded = truth(*data)[0].bfloat16()
-    limit = 1.2 * numerics.relative_rms_error(rounded, true_out)
+    limit = numerics.TOLERANCES["fp8_inputs"].factor * numerics.relative_rms_error(
+        rounded, true_out
+    )
     assert numerics.relative_rms_error(run(*data)[0], true_out) <= limit
     if spread != "zero mean":
         one_level = run(*data, two_level=False)[0]
         assert numerics.relative_rms_error(one_level, true_out) > 10 * limit
 
 
+def test_small_values_do_not_vanish_from_the_row_sum() -> None:
+    """Half of the keys have a V 2^-20 of the others': no part of O, but half of the row sum. Their
+    rounded probabilities (times V's descale) are zero."""
+    q, k, v = inputs(1, 100, 512, 2, 2, 128)
+    v[:, 128:384] *= 2.0**-20
+    data = quantize(q, k, v)
+    out, lse = run(*data)
+    true_out, true_lse = truth(*data)
+    base_out, base_lse = emulated(*data, (-1, -1), True, BF16)
+    numerics.assert_as_good(out, true_out, base_out, "out")
+    numerics.assert_as_good(lse, true_lse, base_lse, "lse_fp8")
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_of_the_whole_function(dim: int, causal: bool) -> None:
-    """RoPE, Hadamard, quantization, FP8 forward, 16-bit backward: at most a quarter of the error of
-    per-tensor FP8 attention with delayed scaling (1.1e-1, 1.1e-1, 8.7e-2 for dq, dk, dv)."""
-    q, k, v = (x.bfloat16().requires_grad_() for x in inputs(2, 700, 700, 4, 2, dim, seed=5))
-    angle = torch.outer(torch.arange(700.0), 1e4 ** (-torch.arange(dim // 2) / (dim // 2))).cuda()
-    signs = reference_fp8.random_signs(dim).cuda()
-    cos, sin = angle.cos(), angle.sin()
-    out, lse = fa3_train.flash_attn_fp8_func(
-        q, k, v, causal=causal, cos=cos, sin=sin, signs=signs, return_lse=True, backend="hopper"
-    )
-    dout = torch.randn_like(out)
-    grads = torch.autograd.grad(out, (q, k, v), dout)
+    """RoPE, Hadamard, quantization, FP8 forward, 16-bit backward, beside the same in the emulation."""
+    q, k, v = (x.bfloat16().requires_grad_() for x in inputs(2, 300, 300, 4, 2, dim, seed=5))
+    angle = torch.outer(torch.arange(300.0), 1e4 ** (-torch.arange(dim // 2) / (dim // 2))).cuda()
+    turn = {"cos": angle.cos(), "sin": angle.sin(), "signs": reference_fp8.random_signs(dim).cuda()}
+    dout = torch.randn(2, 300, 4, dim, device="cuda").bfloat16()
+
+    def gradients(backend):
+        out = fa3_train.flash_attn_fp8_func(q, k, v, causal=causal, **turn, backend=backend)
+        return torch.autograd.grad(out, (q, k, v), dout)
+
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    turned = [reference_fp8.rotate(x, cos.double(), sin.double()) for x in wide[:2]]
+    cos, sin = turn["cos"].double(), turn["sin"].double()
+    turned = [reference_fp8.rotate(x, cos, sin) for x in wide[:2]]
     true_out, _ = reference.attention(*turned, wide[2], causal=causal)
     expected = torch.autograd.grad(true_out, wide, dout.double())
-    limits = (1.1e-1 / 4, 1.1e-1 / 4, 8.7e-2 / 4)
-    del lse
-    errors = [numerics.relative_rms_error(a, b) for a, b in zip(grads, expected, strict=True)]
-    emulation = fa3_train.flash_attn_fp8_func(
-        q, k, v, causal=causal, cos=cos, sin=sin, signs=signs, backend="reference"
-    )
-    floor = [
-        numerics.relative_rms_error(a, b)
-        for a, b in zip(torch.autograd.grad(emulation, (q, k, v), dout), expected, strict=True)
-    ]
-    for name, error, limit, base in zip("qkv", errors, limits, floor, strict=True):
-        assert error <= max(limit, 1.1 * base), f"d{name}: {error:.2e}, emulation {base:.2e}"
+    for name, ours, true, base in zip(
+        "qkv", gradients("hopper"), expected, gradients("reference"), strict=True
+    ):
+        numerics.assert_as_good(ours, true, base, "grad", f"d{name}")
