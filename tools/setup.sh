@@ -53,7 +53,7 @@ fi
 # No ahead-of-time ops of DeepSpeed; in-place, so that the checkout is what runs.
 say "installing fa3_train${extra:+[$extra]} from this checkout"
 FA3_TRAIN_CUDA=0 DS_BUILD_OPS=0 "${pip[@]}" install "${constraint[@]}" \
-  -C editable.mode=inplace -e ".${extra:+[$extra]}"
+  --config-settings=editable.mode=inplace -e ".${extra:+[$extra]}"
 
 if [ "$cuda" = 0 ]; then
   say "kernels not built (${gpu:-no NVIDIA GPU visible}; FA3_TRAIN_CUDA=1 builds them):" \
@@ -63,7 +63,7 @@ fi
 "${pip[@]}" install "cmake>=3.24" ninja
 if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then
   say "no nvcc on this machine: taking the compiler from wheels"
-  FA3_TRAIN_CUDA=0 "${pip[@]}" install "${constraint[@]}" -C editable.mode=inplace -e '.[build]'
+  FA3_TRAIN_CUDA=0 "${pip[@]}" install "${constraint[@]}" --config-settings=editable.mode=inplace -e '.[build]'
 fi
 say "building the kernels, build/libfa3_train.so (up to 5 minutes on 2 cores)"
 PATH="$(cd "$venv/bin" && pwd):$PATH"

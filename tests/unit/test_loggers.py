@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 
@@ -240,8 +241,19 @@ def test_mode_follows_the_login(no_login, monkeypatch, tmp_path):
     assert resolve_mode("auto") == "off"
 
 
-def read_wandb(folder):
-    """History rows, config keys and run ids of the offline runs under `folder`."""
+def read_wandb(folder, count, patience_s=30):
+    """History rows, config keys and run ids of the offline runs under `folder`.
+
+    wandb's own process may still be writing when `finish` has returned: it gets time to bring the
+    rows to `count`.
+    """
+    end = time.monotonic() + patience_s
+    while len((found := _scan_wandb(folder))[0]) < count and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+def _scan_wandb(folder):
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
@@ -275,7 +287,7 @@ def test_offline_run_reads_back(no_login, tmp_path):
     state = logger.state()
     paths = logger.close()
     assert "wandb sync" in paths["wandb"]
-    rows, keys, ids = read_wandb(tmp_path)
+    rows, keys, ids = read_wandb(tmp_path, 3)
     assert {"model", "data", "machine"} <= keys
     assert [row["step"] for row in rows] == [1, 2, 2]
     overview = [name for name in rows[1] if name.startswith("1_overview/")]
@@ -292,7 +304,7 @@ def test_offline_run_reads_back(no_login, tmp_path):
     logger.log([record(3)])
     assert logger.state() == state
     logger.close()
-    rows, _, ids = read_wandb(tmp_path)
+    rows, _, ids = read_wandb(tmp_path, 4)
     assert set(ids) == {state["wandb_id"]} and rows[-1]["step"] == 3
 
 
