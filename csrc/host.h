@@ -26,21 +26,25 @@ struct Device {
   int major, minor;
   int64_t l2_bytes;
 };
-// Facts of the current device (read once per device). Anything but compute capability 9.0 is FA3_UNSUPPORTED.
+// Facts of the current device (read once per device). Anything but compute capability 9.0 is
+// FA3_UNSUPPORTED.
 int current_device(const char* function, Device* device);
 
-// Lets `kernel` use more than 48 KB of dynamic shared memory. Once per kernel and device; cheap after that.
+// Lets `kernel` use more than 48 KB of dynamic shared memory. Once per kernel and device; cheap
+// after that.
 int allow_shared_memory(const void* kernel, int bytes);
 
-// Address (16 bytes) and strides (16 bytes, non-negative where used) of an argument. `elements_per_row`: the
-// contiguous last dimension. Strides of dimensions of size 1 are not looked at.
+// Address (16 bytes) and strides (16 bytes, non-negative where used) of an argument.
+// `elements_per_row`: the contiguous last dimension. Strides of dimensions of size 1 are not looked
+// at.
 int check_tensor(const char* function, const char* name, const fa3_tensor& tensor, int dtype,
                  int64_t batch, int64_t tokens, int64_t heads, int64_t elements_per_row);
 int check_pointer(const char* function, const char* name, const void* pointer, int alignment);
-int check_workspace(const char* function, const void* pointer, int64_t given, int64_t needed, int alignment);
+int check_workspace(const char* function, const void* pointer, int64_t given, int64_t needed,
+                    int alignment);
 
-// A tiled tensor map. dims and box innermost first, in elements; strides in bytes for dimensions 1 .. rank - 1.
-// swizzle_bytes: 0, 32, 64 or 128. Out-of-range elements load as zeros.
+// A tiled tensor map. dims and box innermost first, in elements; strides in bytes for dimensions 1
+// .. rank - 1. swizzle_bytes: 0, 32, 64 or 128. Out-of-range elements load as zeros.
 struct TensorMapShape {
   int rank;
   int64_t dims[5];
@@ -54,8 +58,8 @@ int encode_tensor_map(CUtensorMap* map, const char* name, int dtype, const void*
 }  // namespace fa3
 
 // Returns early with a status that is not FA3_OK.
-#define FA3_TRY(expression)                         \
-  do {                                              \
-    const int fa3_status_ = (expression);           \
-    if (fa3_status_ != FA3_OK) return fa3_status_;  \
+#define FA3_TRY(expression)                        \
+  do {                                             \
+    const int fa3_status_ = (expression);          \
+    if (fa3_status_ != FA3_OK) return fa3_status_; \
   } while (0)

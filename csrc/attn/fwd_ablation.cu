@@ -1,4 +1,5 @@
-// The kernels that an ablation compares with: the default at d128 bf16 with one technique switched off.
+// The kernels that an ablation compares with: the default at d128 bf16 with one technique switched
+// off.
 #include "attn/fwd_launch.cuh"
 
 namespace fa3 {
@@ -17,12 +18,14 @@ struct NoReallocation : FwdDefault {
   static constexpr bool kReallocate = false;
 };
 
+constexpr int kAblationTile = 2;
+static_assert(kFwdTiles[kAblationTile].dim_qk == 128 && kFwdTiles[kAblationTile].dim_v == 128);
+
 template <class Options>
 int launch_ablation(FwdLaunch& launch) {
-  constexpr int kDim = 128;
   if (launch.mask == Mask::None)
-    return launch_fwd_variant<FwdTraits<bf16, kDim, kDim, Mask::None, false, Options>>(launch);
-  return launch_fwd_variant<FwdTraits<bf16, kDim, kDim, Mask::Causal, false, Options>>(launch);
+    return launch_fwd_variant<FwdTraits<bf16, kAblationTile, Mask::None, false, Options>>(launch);
+  return launch_fwd_variant<FwdTraits<bf16, kAblationTile, Mask::Causal, false, Options>>(launch);
 }
 
 }  // namespace
@@ -34,7 +37,8 @@ int launch_fwd_ablation(FwdLaunch& launch) {
     case FA3_OPT_NO_PINGPONG: return launch_ablation<NoPingPong>(launch);
     case FA3_OPT_NO_REG_REALLOC: return launch_ablation<NoReallocation>(launch);
     default:
-      return fail(FA3_UNSUPPORTED, "fa3_attn_fwd: options 0x%x: one FA3_OPT_ switch at a time has a kernel",
+      return fail(FA3_UNSUPPORTED,
+                  "fa3_attn_fwd: options 0x%x: one FA3_OPT_ switch at a time has a kernel",
                   launch.options);
   }
 }

@@ -13,18 +13,19 @@ constexpr int kDimMultiple = 8, kMaxDim = 256;
 constexpr int64_t kCounterBytes = 16;
 // K and V of the heads worked on together: what a 50 MB L2 keeps while Q and O stream through it.
 constexpr int kSectionBytes = 32 << 20;
-constexpr int kKnownOptions = FA3_OPT_NO_WARP_SPECIALIZATION | FA3_OPT_NO_OVERLAP | FA3_OPT_NO_PINGPONG |
-                              FA3_OPT_NO_REG_REALLOC | FA3_OPT_NOT_PERSISTENT;
+constexpr int kKnownOptions = FA3_OPT_NO_WARP_SPECIALIZATION | FA3_OPT_NO_OVERLAP |
+                              FA3_OPT_NO_PINGPONG | FA3_OPT_NO_REG_REALLOC | FA3_OPT_NOT_PERSISTENT;
 
 int check_dim(const char* name, int dim) {
   if (dim >= kDimMultiple && dim <= kMaxDim && dim % kDimMultiple == 0) return FA3_OK;
-  return fail(FA3_UNSUPPORTED, "%s: %s must be a multiple of %d from %d to %d, got %d", kName, name, kDimMultiple,
-              kDimMultiple, kMaxDim, dim);
+  return fail(FA3_UNSUPPORTED, "%s: %s must be a multiple of %d from %d to %d, got %d", kName, name,
+              kDimMultiple, kDimMultiple, kMaxDim, dim);
 }
 
 int check_at_least(const char* name, int value, int least) {
   if (value >= least) return FA3_OK;
-  return fail(FA3_INVALID_ARGUMENT, "%s: %s must be at least %d, got %d", kName, name, least, value);
+  return fail(FA3_INVALID_ARGUMENT, "%s: %s must be at least %d, got %d", kName, name, least,
+              value);
 }
 
 int check_shapes(const fa3_attn_fwd_params& a) {
@@ -34,21 +35,22 @@ int check_shapes(const fa3_attn_fwd_params& a) {
   FA3_TRY(check_at_least("heads_q", a.heads_q, 1));
   FA3_TRY(check_at_least("heads_k", a.heads_k, 1));
   if (a.heads_q % a.heads_k != 0)
-    return fail(FA3_INVALID_ARGUMENT, "%s: heads_q must be a multiple of heads_k, got %d and %d", kName, a.heads_q,
-                a.heads_k);
+    return fail(FA3_INVALID_ARGUMENT, "%s: heads_q must be a multiple of heads_k, got %d and %d",
+                kName, a.heads_q, a.heads_k);
   FA3_TRY(check_dim("head_dim_qk", a.head_dim_qk));
   FA3_TRY(check_dim("head_dim_v", a.head_dim_v));
   if (a.dtype != FA3_BF16 && a.dtype != FA3_FP16)
-    return fail(FA3_UNSUPPORTED, "%s: dtype must be bf16 (%d) or fp16 (%d), got %d", kName, FA3_BF16, FA3_FP16,
-                a.dtype);
+    return fail(FA3_UNSUPPORTED, "%s: dtype must be bf16 (%d) or fp16 (%d), got %d", kName,
+                FA3_BF16, FA3_FP16, a.dtype);
   if (!(a.softmax_scale > 0.f) || std::isinf(a.softmax_scale))
-    return fail(FA3_INVALID_ARGUMENT, "%s: softmax_scale must be positive and finite, got %g", kName,
-                static_cast<double>(a.softmax_scale));
+    return fail(FA3_INVALID_ARGUMENT, "%s: softmax_scale must be positive and finite, got %g",
+                kName, static_cast<double>(a.softmax_scale));
   if (!(a.softcap >= 0.f) || std::isinf(a.softcap))
-    return fail(FA3_INVALID_ARGUMENT, "%s: softcap must be 0 (none) or positive and finite, got %g", kName,
-                static_cast<double>(a.softcap));
+    return fail(FA3_INVALID_ARGUMENT, "%s: softcap must be 0 (none) or positive and finite, got %g",
+                kName, static_cast<double>(a.softcap));
   if ((a.cu_seqlens_q == nullptr) != (a.cu_seqlens_k == nullptr))
-    return fail(FA3_INVALID_ARGUMENT, "%s: cu_seqlens_q and cu_seqlens_k must be given together, got %s only", kName,
+    return fail(FA3_INVALID_ARGUMENT,
+                "%s: cu_seqlens_q and cu_seqlens_k must be given together, got %s only", kName,
                 a.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k");
   if (a.cu_seqlens_q != nullptr) {
     FA3_TRY(check_at_least("total_q", a.total_q, 0));
@@ -57,7 +59,8 @@ int check_shapes(const fa3_attn_fwd_params& a) {
     FA3_TRY(check_pointer(kName, "cu_seqlens_k", a.cu_seqlens_k, 4));
   }
   if (a.options & ~kKnownOptions)
-    return fail(FA3_UNSUPPORTED, "%s: options has unknown bits 0x%x", kName, a.options & ~kKnownOptions);
+    return fail(FA3_UNSUPPORTED, "%s: options has unknown bits 0x%x", kName,
+                a.options & ~kKnownOptions);
   return FA3_OK;
 }
 
@@ -78,21 +81,19 @@ int64_t workspace_bytes(const fa3_attn_fwd_params& a) {
   return kCounterBytes + (a.cu_seqlens_q ? round_up(4 * varlen_order_ints(a.batch), 16) : 0);
 }
 
-FwdTile choose_tile(int dim_qk, int dim_v) {
-  for (const FwdTile& tile : kFwdTiles)
-    if (dim_qk <= tile.dim_qk && dim_v <= tile.dim_v && (tile.dim_qk == tile.dim_v || dim_qk > 128)) return tile;
-  return kFwdTiles[kFwdTileCount - 1];
+// Index into kFwdTiles: the smallest bucket that holds both dims.
+int choose_tile(const fa3_attn_fwd_params& a) {
+  int index = 0;
+  while (kFwdTiles[index].dim_qk < a.head_dim_qk || kFwdTiles[index].dim_v < a.head_dim_v) ++index;
+  return index;
 }
 
-template <class Elem>
-int launch_tile(const FwdTile& tile, FwdLaunch& launch) {
-  switch (tile.dim_qk) {
-    case 64: return launch_fwd<Elem, 64, 64>(launch);
-    case 96: return launch_fwd<Elem, 96, 96>(launch);
-    case 128: return launch_fwd<Elem, 128, 128>(launch);
-    case 192: return tile.dim_v == 128 ? launch_fwd<Elem, 192, 128>(launch) : launch_fwd<Elem, 192, 192>(launch);
-    default: return launch_fwd<Elem, 256, 256>(launch);
-  }
+template <class Elem, int kIndex = 0>
+int launch_tile(int index, FwdLaunch& launch) {
+  if constexpr (kIndex < kFwdTileCount)
+    return index == kIndex ? launch_fwd<Elem, kIndex>(launch)
+                           : launch_tile<Elem, kIndex + 1>(index, launch);
+  return fail(FA3_INTERNAL, "%s: tile %d does not exist", kName, index);
 }
 
 // Bottom-right alignment: a side that reaches past the sequence for every row is no bound.
@@ -110,9 +111,10 @@ int encode_fwd_maps(FwdLaunch& launch, int block_n) {
   const fa3_attn_fwd_params& a = *launch.call;
   const bool varlen = a.cu_seqlens_q != nullptr;
   const int64_t batch = varlen ? 1 : a.batch;
-  const auto encode = [&](CUtensorMap* map, const char* name, const fa3_tensor& x, int64_t rows, int heads, int dim,
-                          int box_rows) {
-    const int64_t at_least_one_row = rows > 0 ? rows : 1;  // a map of no rows is an error even if nothing uses it
+  const auto encode = [&](CUtensorMap* map, const char* name, const fa3_tensor& x, int64_t rows,
+                          int heads, int dim, int box_rows) {
+    const int64_t at_least_one_row =
+        rows > 0 ? rows : 1;  // a map of no rows is an error even if nothing uses it
     const void* base = rows > 0 ? x.ptr : a.q.ptr;
     const TensorMapShape shape = {4,
                                   {dim, at_least_one_row, heads, batch},
@@ -133,7 +135,8 @@ int encode_fwd_maps(FwdLaunch& launch, int block_n) {
 using namespace fa3;
 
 extern "C" int64_t fa3_attn_fwd_workspace(const fa3_attn_fwd_params* params) {
-  if (params == nullptr) return fail(FA3_INVALID_ARGUMENT, "fa3_attn_fwd_workspace: params is NULL"), -1;
+  if (params == nullptr)
+    return fail(FA3_INVALID_ARGUMENT, "fa3_attn_fwd_workspace: params is NULL"), -1;
   if (check_shapes(*params) != FA3_OK) return -1;
   return workspace_bytes(*params);
 }
@@ -154,11 +157,13 @@ extern "C" int fa3_attn_fwd(const fa3_attn_fwd_params* params) {
   launch.softcap = a.softcap > 0.f;
   launch.options = a.options & ~FA3_OPT_NOT_PERSISTENT;
   choose_mask(a, launch);
-  const FwdTile tile = choose_tile(a.head_dim_qk, a.head_dim_v);
-  if (launch.options != 0 && (tile.dim_qk != 128 || tile.dim_v != 128 || a.dtype != FA3_BF16 || varlen ||
-                              launch.softcap || launch.mask == Mask::Window))
+  const int tile_index = choose_tile(a);
+  const FwdTile tile = kFwdTiles[tile_index];
+  if (launch.options != 0 && (tile.dim_qk != 128 || tile.dim_v != 128 || a.dtype != FA3_BF16 ||
+                              varlen || launch.softcap || launch.mask == Mask::Window))
     return fail(FA3_UNSUPPORTED,
-                "%s: options 0x%x serve ablations only: dense bf16, head dims up to 128 (above 96), no window, no "
+                "%s: options 0x%x serve ablations only: dense bf16, head dims up to 128 (above "
+                "96), no window, no "
                 "softcap; got %s, dims %d and %d",
                 kName, launch.options, dtype_name(a.dtype), a.head_dim_qk, a.head_dim_v);
 
@@ -189,10 +194,10 @@ extern "C" int fa3_attn_fwd(const fa3_attn_fwd_params* params) {
   int* counter = static_cast<int*>(a.workspace);
   if (varlen) {
     int* order = counter + kCounterBytes / sizeof(int);
-    tiles = (int64_t(a.total_q) / block_m + a.batch + 1) * a.heads_q;
+    tiles = (int64_t(a.total_q) / block_m + a.batch) * a.heads_q;
     p.varlen_order = order;
     p.tile_counter = counter;
-    FA3_TRY(make_varlen_order(a.cu_seqlens_q, a.cu_seqlens_k, a.batch, a.total_q, a.heads_q, block_m, order,
+    FA3_TRY(make_varlen_order(a.cu_seqlens_q, a.cu_seqlens_k, a.batch, a.heads_q, block_m, order,
                               counter, stream));
   } else {
     p.tiles_per_head = ceil_div(a.seqlen_q, block_m);
@@ -202,12 +207,13 @@ extern "C" int fa3_attn_fwd(const fa3_attn_fwd_params* params) {
     p.section = launch.mask == Mask::None ? 1 : heads_per_section(kv_bytes, p.group, kSectionBytes);
     if (launch.mask != Mask::None && tiles > device.sm_count) {
       p.tile_counter = counter;
-      FA3_TRY(check_cuda(cudaMemsetAsync(counter, 0, sizeof(int), stream), "fa3_attn_fwd: clearing the counter"));
+      FA3_TRY(check_cuda(cudaMemsetAsync(counter, 0, sizeof(int), stream),
+                         "fa3_attn_fwd: clearing the counter"));
     }
   }
   if (tiles > INT32_MAX / 2)
-    return fail(FA3_UNSUPPORTED, "%s: %lld query tiles, at most %d", kName, static_cast<long long>(tiles),
-                INT32_MAX / 2);
+    return fail(FA3_UNSUPPORTED, "%s: %lld query tiles, at most %d", kName,
+                static_cast<long long>(tiles), INT32_MAX / 2);
   p.num_tiles = static_cast<int>(tiles);
   launch.grid = p.num_tiles;
   if (a.options & FA3_OPT_NOT_PERSISTENT)
@@ -218,5 +224,6 @@ extern "C" int fa3_attn_fwd(const fa3_attn_fwd_params* params) {
     p.tile_counter = launch.options == FA3_OPT_NO_WARP_SPECIALIZATION ? nullptr : p.tile_counter;
     return launch_fwd_ablation(launch);
   }
-  return a.dtype == FA3_BF16 ? launch_tile<bf16>(tile, launch) : launch_tile<fp16>(tile, launch);
+  return a.dtype == FA3_BF16 ? launch_tile<bf16>(tile_index, launch)
+                             : launch_tile<fp16>(tile_index, launch);
 }

@@ -1,177 +1,26 @@
 // Attention forward for Hopper: O = softmax(scale Q K^T) V and its log-sum-exp, bf16 or fp16.
 //
-//   q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) -> out (B, Sq, H, Dv), lse (B, H, Sq); or varlen.
+//   q (B, Sq, H, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) -> out (B, Sq, H, Dv), lse (B, H, Sq);
+//   or varlen.
 //
-// FlashAttention-3 (arXiv 2407.08608), algorithms 1 and 2. A thread block works off query tiles of 128 or 192 rows:
+// FlashAttention-3 (arXiv 2407.08608), algorithms 1 and 2. A thread block works off query tiles of
+// 128 or 192 rows:
 //   warp 0 of warpgroup 0  producer: K, Q, V tiles by TMA into two-stage rings
 //   warp 1 of warpgroup 0  scheduler: draws the next tile and publishes it
-//   warpgroups 1 ..        consumers: 64 query rows each, every one at its own pace within the rings
-// Key blocks run from right to left. In the steady state a consumer queues S(n) = Q K(n) and, right behind it,
-// O += P(n+1) V(n+1), and computes the softmax of S(n) while that second product runs; the other warpgroup's
-// products fill the tensor cores through the rest of the softmax (turns by named barriers).
-// docs/forward.md derives the choices and gives what each of them brings.
+//   warpgroups 1 ..        consumers: 64 query rows each, every one at its own pace within the
+//   rings
+// Key blocks run from right to left. In the steady state a consumer queues S(n) = Q K(n) and, right
+// behind it, O += P(n+1) V(n+1), and computes the softmax of S(n) while that second product runs;
+// the other warpgroup's products fill the tensor cores through the rest of the softmax (turns by
+// named barriers). docs/forward.md derives the choices and gives what each of them brings.
 #pragma once
-#include "attn/fwd_traits.cuh"
-#include "attn/fwd_varlen.cuh"
-#include "ptx/barrier.cuh"
-#include "ptx/memory.cuh"
-#include "ptx/tma.cuh"
-#include "tile/pipeline.cuh"
-#include "tile/scheduler.cuh"
+#include "attn/fwd_producer.cuh"
 
 namespace fa3 {
 
-// Hardware barriers by number. kTurn + w: warpgroup w waits, the one before it arrives (256 threads). kStore + w: the
-// 128 threads of warpgroup w among themselves. 0 is __syncthreads.
+// Hardware barriers by number. kTurn + w: warpgroup w waits, the one before it arrives (256
+// threads). kStore + w: the 128 threads of warpgroup w among themselves. 0 is __syncthreads.
 enum NamedBarrier : int { kTurn = 1, kStore = 4 };
-
-// ---- tiles -----------------------------------------------------------------------------------
-template <class T>
-FA3_DEVICE void write_tile(uint32_t addr, const typename T::Tile& t) {
-  sts128(addr, make_uint4(t.m, t.head, t.batch, t.seqlen_q));
-  sts128(addr + 16, make_uint4(t.seqlen_k, t.start_q, t.start_k, 0));
-  sts128(addr + 32, make_uint4(t.blocks.begin, t.blocks.end, 0, 0));
-}
-template <class T>
-FA3_DEVICE typename T::Tile read_tile(uint32_t addr) {
-  const uint4 a = lds128(addr), b = lds128(addr + 16), c = lds128(addr + 32);
-  return {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), 0, {int(c.x), int(c.y)}, {0, 0}};
-}
-template <class T>
-FA3_DEVICE MaskBounds mask_bounds(const FwdParams& p, const typename T::Tile& t) {
-  return {t.seqlen_q, t.seqlen_k, p.window_left, p.window_right};
-}
-
-// ---- scheduler warp --------------------------------------------------------------------------
-template <class T>
-FA3_DEVICE typename T::Tile locate_tile(const FwdParams& p, int index, int lane) {
-  typename T::Tile t{-1, 0, 0, p.seqlen_q, p.seqlen_k, 0, 0, 0, {0, 0}, {0, 0}};
-  TilePosition at;
-  if (p.cu_seqlens_q == nullptr) {
-    if (index >= p.num_tiles) return t;
-    at = longest_first(index, p.tiles_per_head, p.heads_q * p.batch, p.section);
-    t.batch = at.head / p.heads_q;
-    t.head = at.head - t.batch * p.heads_q;
-  } else {
-    const VarlenOrder order{p.varlen_order, p.batch + 1};
-    if (index >= order.num_tiles()) return t;
-    const int rank = order.rank_of(index, lane);
-    t.batch = order.sequence(rank);
-    t.start_q = p.cu_seqlens_q[t.batch];
-    t.start_k = p.cu_seqlens_k[t.batch];
-    const bool padding = t.batch == p.batch;  // rows behind the last sequence
-    t.seqlen_q = (padding ? p.total_q : p.cu_seqlens_q[t.batch + 1]) - t.start_q;
-    t.seqlen_k = padding ? 0 : p.cu_seqlens_k[t.batch + 1] - t.start_k;
-    const int section = heads_per_section(int64_t(t.seqlen_k) * (T::kDimQK + T::kDimV) * 2, p.group, p.l2_bytes);
-    at = longest_first(index - order.first_tile(rank), ceil_div(t.seqlen_q, T::BLOCK_M), p.heads_q, section);
-    t.head = at.head;
-  }
-  t.m = at.m;
-  t.blocks = visited_blocks<T::kMask>(mask_bounds<T>(p, t), t.m * T::BLOCK_M, T::BLOCK_M, T::BLOCK_N);
-  return t;
-}
-
-template <class T>
-FA3_DEVICE void schedule(const FwdParams& p, typename T::Shared& shared, int lane) {
-  Ring<T::kTileRing> ring;
-  uint32_t draw_phase = 0;
-  for (int round = 0;; ++round) {
-    int index = blockIdx.x;
-    if (p.tile_counter == nullptr) {
-      index = snake(round, blockIdx.x, gridDim.x);
-    } else if (round > 0) {
-      if (lane == 0) index = atomicAdd(p.tile_counter, 1) + gridDim.x;
-      index = __shfl_sync(kFullWarp, index, 0);
-    }
-    const typename T::Tile t = locate_tile<T>(p, index, lane);
-    mbar_wait(smem_addr(&shared.tile_empty[ring.stage]), ring.phase ^ 1);
-    if (lane == 0) {
-      write_tile<T>(smem_addr(&shared.tiles[ring.stage]), t);
-      mbar_arrive(smem_addr(&shared.tile_full[ring.stage]));
-    }
-    if (t.m < 0) return;
-    ring.advance();
-    // Not earlier: a block that still has a long tile before it must not hold back the next one.
-    mbar_wait(smem_addr(&shared.draw), draw_phase);
-    draw_phase ^= 1;
-  }
-}
-
-// ---- producer thread -------------------------------------------------------------------------
-// A tile of rows x kSlabs * 64 columns: one copy per 128-byte slab.
-template <int kSlabs>
-FA3_DEVICE void load_slabs(uint32_t dst, int slab_bytes, const CUtensorMap* map, uint32_t bar, uint64_t policy,
-                           int row, int head, int batch) {
-#pragma unroll
-  for (int s = 0; s < kSlabs; ++s) tma_load_4d(dst + s * slab_bytes, map, bar, policy, 64 * s, row, head, batch);
-}
-
-template <class T>
-struct Loader {
-  const FwdParams& p;
-  typename T::Shared& shared;
-
-  // Each waits until the stage is free; `row` counts tokens of the whole tensor.
-  FA3_DEVICE void k(const Ring<T::kStages>& at, int row, int head, int batch) {
-    const uint32_t full = smem_addr(&shared.k_full[at.stage]);
-    mbar_wait(smem_addr(&shared.k_empty[at.stage]), at.phase ^ 1);
-    mbar_arrive_expect_tx(full, T::kKBytes);
-    load_slabs<T::kSlabsQK>(smem_addr(shared.k[at.stage]), T::BLOCK_N * 128, &p.k, full, kL2EvictLast, row, head,
-                            batch);
-  }
-  FA3_DEVICE void v(const Ring<T::kStages>& at, int row, int head, int batch) {
-    const uint32_t full = smem_addr(&shared.v_full[at.stage]);
-    mbar_wait(smem_addr(&shared.v_empty[at.stage]), at.phase ^ 1);
-    mbar_arrive_expect_tx(full, T::kVBytes);
-    load_slabs<T::kSlabsV>(smem_addr(shared.v[at.stage]), T::BLOCK_N * 128, &p.v, full, kL2EvictLast, row, head,
-                           batch);
-  }
-  FA3_DEVICE void q(const Ring<1>& at, int row, int head, int batch) {
-#pragma unroll 1  // registers: the producer has 24
-    for (int w = 0; w < T::kConsumers; ++w) {
-      const uint32_t full = smem_addr(&shared.q_full[w]);
-      mbar_wait(smem_addr(&shared.q_empty[w]), at.phase ^ 1);
-      mbar_arrive_expect_tx(full, T::kQBytes);
-      load_slabs<T::kSlabsQK>(smem_addr(shared.q[w]), kWarpgroupRows * 128, &p.q, full, kL2EvictFirst,
-                              row + w * kWarpgroupRows, head, batch);
-    }
-  }
-};
-
-template <class T>
-FA3_DEVICE void produce(const FwdParams& p, typename T::Shared& shared) {
-  Loader<T> load{p, shared};
-  Ring<T::kStages> k;  // V has as many stages and runs one block behind
-  Ring<1> q;
-  Ring<T::kTileRing> ring;
-  for (;;) {
-    mbar_wait(smem_addr(&shared.tile_full[ring.stage]), ring.phase);
-    const typename T::Tile t = read_tile<T>(smem_addr(&shared.tiles[ring.stage]));
-    mbar_arrive(smem_addr(&shared.tile_empty[ring.stage]));
-    ring.advance();
-    if (t.m < 0) return;
-    const int batch = p.cu_seqlens_q == nullptr ? t.batch : 0;
-    if (!t.blocks.empty()) {
-      load.k(k, t.start_k + (t.blocks.end - 1) * T::BLOCK_N, t.head / p.group, batch);
-      load.q(q, t.start_q + t.m * T::BLOCK_M, t.head, batch);
-      q.advance();
-    }
-    const int kv_head = t.head / p.group;
-    int row = t.start_k + (t.blocks.end - 1) * T::BLOCK_N;  // of the block whose K is loaded and whose V is not
-    for (int left = t.blocks.end - t.blocks.begin - 1; left > 0; --left) {
-      const Ring<T::kStages> v = k;
-      k.advance();
-      load.k(k, row - T::BLOCK_N, kv_head, batch);
-      load.v(v, row, kv_head, batch);
-      row -= T::BLOCK_N;
-    }
-    mbar_arrive(smem_addr(&shared.draw));  // before the last copy, which waits for a free stage: hides the draw
-    if (!t.blocks.empty()) {
-      load.v(k, row, kv_head, batch);
-      k.advance();
-    }
-  }
-}
 
 // ---- consumer warpgroups ---------------------------------------------------------------------
 template <class T>
@@ -182,15 +31,14 @@ struct Consumer {
   typename T::Shared& shared;
   const int wg, tid, warp, lane;
   const uint32_t q_low;  // descriptor of this warpgroup's Q
-  const uint32_t zero = opaque_zero();
 
   // The parts of the tile that the block loop needs; the rest is read where it is used.
   int m, seqlen_q, seqlen_k;
   BlockRange blocks;
   float o[T::kColumnsV / 2], s[T::BLOCK_N / 2];
   uint32_t probs[T::BLOCK_N / 4];  // P, packed as the A operand of P V
-  float reference[2];              // what exponents are relative to, log2 units; -inf: no key so far
-  float alpha[2];                  // rescale of O and of the sums after the last move of the reference
+  float reference[2];  // what exponents are relative to, log2 units; -inf: no key so far
+  float alpha[2];      // rescale of O and of the sums after the last move of the reference
   RowSums<T::kRowSum> sums;
   Ring<T::kStages> k, v;
   Ring<1> q;
@@ -199,7 +47,12 @@ struct Consumer {
   Ring<1> q_load;
 
   FA3_DEVICE Consumer(const FwdParams& params, typename T::Shared& sh, int warpgroup)
-      : p(params), shared(sh), wg(warpgroup), tid(threadIdx.x % kWarpgroupThreads), warp(tid / 32), lane(tid % 32),
+      : p(params),
+        shared(sh),
+        wg(warpgroup),
+        tid(threadIdx.x % kWarpgroupThreads),
+        warp(tid / 32),
+        lane(tid % 32),
         q_low(descriptor_low(smem_addr(sh.q[0]), 16) + warpgroup * (T::kQBytes >> 4)) {}
 
   // ---- barriers ----
@@ -216,7 +69,8 @@ struct Consumer {
     if constexpr (T::kPingPong) named_sync(kTurn + wg, 2 * kWarpgroupThreads);
   }
   FA3_DEVICE void pass_turn() {
-    if constexpr (T::kPingPong) named_arrive(kTurn + (wg + 1 == T::kConsumers ? 0 : wg + 1), 2 * kWarpgroupThreads);
+    if constexpr (T::kPingPong)
+      named_arrive(kTurn + (wg + 1 == T::kConsumers ? 0 : wg + 1), 2 * kWarpgroupThreads);
   }
   FA3_DEVICE void take(const typename T::Tile& t) {
     m = uniform(t.m);
@@ -226,14 +80,17 @@ struct Consumer {
   }
   FA3_DEVICE int first_row() const { return m * T::BLOCK_M + wg * kWarpgroupRows; }
   FA3_DEVICE int row(int i) const { return first_row() + acc_row(tid, 2 * i); }
-  FA3_DEVICE MaskBounds bounds() const { return {seqlen_q, seqlen_k, p.window_left, p.window_right}; }
+  FA3_DEVICE MaskBounds bounds() const {
+    return {seqlen_q, seqlen_k, p.window_left, p.window_right};
+  }
 
   // ---- matrix products, asynchronous ----
   FA3_DEVICE void issue_qk() {
     const uint32_t k_low = descriptor_low(smem_addr(shared.k[0]), 16) + k.stage * (T::kKBytes >> 4);
 #pragma unroll
     for (int i = 0; i < T::kDimQK / 16; ++i) {
-      const uint64_t a = descriptor<128>(q_low, (i / 4) * kWarpgroupRows * kRowBytes + (i % 4) * 32);
+      const uint64_t a =
+          descriptor<128>(q_low, (i / 4) * kWarpgroupRows * kRowBytes + (i % 4) * 32);
       const uint64_t b = descriptor<128>(k_low, (i / 4) * T::BLOCK_N * kRowBytes + (i % 4) * 32);
       if (i == 0)
         Wgmma<Elem, T::BLOCK_N>::template ss_zero<0, 0>(s, a, b);
@@ -243,12 +100,13 @@ struct Consumer {
     wgmma_commit();
   }
   FA3_DEVICE void issue_pv() {
-    const uint32_t v_low =
-        descriptor_low(smem_addr(shared.v[0]), T::BLOCK_N * kRowBytes) + v.stage * (T::kVStride >> 4);
+    const uint32_t v_low = descriptor_low(smem_addr(shared.v[0]), T::BLOCK_N * kRowBytes) +
+                           v.stage * (T::kVStride >> 4);
 #pragma unroll
     for (int j = 0; j < T::BLOCK_N / 16; ++j)
       Wgmma<Elem, T::kColumnsV>::template rs<1>(o, probs[4 * j], probs[4 * j + 1], probs[4 * j + 2],
-                                                probs[4 * j + 3], descriptor<128>(v_low, j * 16 * kRowBytes));
+                                                probs[4 * j + 3],
+                                                descriptor<128>(v_low, j * 16 * kRowBytes));
     wgmma_commit();
   }
 
@@ -270,38 +128,41 @@ struct Consumer {
     }
     mask_scores<T::kMask == Mask::Window>(s, begin, end);
   }
-  // Reference from the true maxima of the raw scores, then scores -> exponents. kFirst: nothing was summed before.
-  // Returns whether O has to be rescaled by alpha.
+  // Reference from the true maxima of the raw scores, then scores -> exponents. kFirst: nothing was
+  // summed before. Returns whether O has to be rescaled by alpha.
   template <bool kFirst, bool kMasked>
   FA3_DEVICE bool follow_maximum(float (&offset)[2]) {
     const float c = p.exponent_scale;
     const float top[2] = {row_max<0>(s) * c, row_max<1>(s) * c};
     bool move = true;
     if constexpr (!kFirst && T::kSlack >= 0)
-      move = __any_sync(kFullWarp, top[0] > reference[0] + T::kSlack || top[1] > reference[1] + T::kSlack);
+      move = __any_sync(kFullWarp,
+                        top[0] > reference[0] + T::kSlack || top[1] > reference[1] + T::kSlack);
     float relative[2];
     if (move) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float before = reference[i], now = quad_max(top[i]);
         reference[i] = kFirst ? now : fmaxf(before, now);
-        // A row without keys so far: exponents are -inf whatever they are relative to, but -inf + inf is not.
+        // A row without keys so far: exponents are -inf whatever they are relative to, but -inf +
+        // inf is not.
         relative[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
         if constexpr (!kFirst) alpha[i] = exp2_approx(before - relative[i]);
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) relative[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
+      for (int i = 0; i < 2; ++i)
+        relative[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
     }
     offset[0] = relative[0];
     offset[1] = relative[1];
     return !kFirst && move;
   }
-  // Scores -> exponents of row I; moves the reference only where an exponent exceeds the slack. Every row of this
-  // warp has seen a key (see run_tile).
+  // Scores -> exponents of row I; moves the reference only where an exponent exceeds the slack.
+  // Every row of this warp has seen a key (see run_tile).
   template <int I>
-  FA3_DEVICE bool trail_maximum(float ref) {
-    row_exponents<I>(s, p.exponent_scale, ref);
+  FA3_DEVICE bool trail_maximum() {
+    row_exponents<I>(s, p.exponent_scale, reference[I]);
     const float top = row_max_if_positive<I>(s);
     if (!__any_sync(kFullWarp, top > T::kSlack)) return false;
     const float now = reference[I] + fmaxf(quad_max(top), 0.f);
@@ -319,8 +180,9 @@ struct Consumer {
   }
 
   // ---- one key block ----
-  // The tail of a sequence's last V tile holds rows of the next sequence, or memory nobody initialised. Their P is 0,
-  // but 0 * NaN is NaN. Each warpgroup writes the zeros it needs; two writing the same ones do no harm.
+  // The tail of a sequence's last V tile holds rows of the next sequence, or memory nobody
+  // initialised. Their P is 0, but 0 * NaN is NaN. Each warpgroup writes the zeros it needs; two
+  // writing the same ones do no harm.
   FA3_DEVICE void clear_v_tail(int n) {
     const int valid = seqlen_k - n * T::BLOCK_N;
     if (p.cu_seqlens_k == nullptr || valid >= T::BLOCK_N) return;
@@ -334,12 +196,14 @@ struct Consumer {
     named_sync(kStore + wg, kWarpgroupThreads);
   }
   // S of the tile's first block, alone; P and the sums from it.
-  FA3_DEVICE void first_block(int n, bool masked, bool last) {
+  FA3_DEVICE void first_block(int n, bool masked, bool last, bool turn) {
     load_ahead(n);
     wait_q();
     wait_k();
+    if (turn) wait_turn();
     wgmma_fence();
     issue_qk();
+    if (turn) pass_turn();
     wgmma_wait<0>();
     pin(s);
     release_k();
@@ -355,13 +219,14 @@ struct Consumer {
     row_pack<Elem, 0>(s, probs);
     row_pack<Elem, 1>(s, probs);
     sums.clear();
-    sums.template add<Elem>(s, probs);
+    sums.add(s);
 #pragma unroll
     for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] = 0.f;
     clear_v_tail(n);
   }
-  // S(n) with P V of the block before it queued behind. That product is over by the time the exponentials of row 0
-  // are out; rescaling, packing and sums then fill the gaps between those of row 1.
+  // S(n) with P V of the block before it queued behind. That product is over by the time the
+  // exponentials of row 0 are out; rescaling, packing and sums then fill the gaps between those of
+  // row 1.
   template <bool kMasked>
   FA3_DEVICE void next_block(int n, bool last) {
     load_ahead(n);
@@ -379,31 +244,34 @@ struct Consumer {
     release_k();
     if (last) release_q();
     cap_scores();
-    bool moved = false;
+    constexpr bool kTrail = !kMasked && T::kSlack >= 0 && T::kTile.integer_maximum;
+    bool moved;
     float offset[2];
     alpha[0] = alpha[1] = 1.f;
-    if constexpr (kMasked || T::kSlack < 0 || !T::kIntegerMax) {
+    if constexpr (kTrail) {
+      moved = trail_maximum<0>();
+      row_exp2<0>(s);
+      moved |= trail_maximum<1>();
+    } else {
       if constexpr (kMasked) mask_block(n);
       moved = follow_maximum<false, kMasked>(offset);
       row_exponents<0>(s, p.exponent_scale, offset[0]);
       row_exp2<0>(s);
       pin(s);
-      wait_v();  // passes at once, but is a branch: ptxas would hoist the wgmma wait to the top of the softmax
-    } else {
-      moved = trail_maximum<0>(reference[0]);
-      row_exp2<0>(s);
-      moved |= trail_maximum<1>(T::kDelay < 0 ? reference[1] : after(reference[1], s[4 * T::kDelay], zero));
+      wait_v();  // passes at once, but is a branch: ptxas would hoist the wgmma wait to the top of
+                 // the softmax
     }
     wgmma_wait<0>();
     pin(o), pin(probs), pin(s);
     release_v();
     if (moved) rescale();
-    if constexpr (kMasked || T::kSlack < 0 || !T::kIntegerMax)
-      row_exponents<1>(s, p.exponent_scale, not_before_here(offset[1]));  // or ptxas does it before the wait
+    if constexpr (!kTrail)
+      row_exponents<1>(s, p.exponent_scale,
+                       not_before_here(offset[1]));  // or ptxas does it before the wait
     row_exp2<1>(s);
     row_pack<Elem, 0>(s, probs);
     row_pack<Elem, 1>(s, probs);
-    sums.template add<Elem>(s, probs);
+    sums.add(s);
   }
   FA3_DEVICE void last_product() {
     wait_v();
@@ -447,19 +315,22 @@ struct Consumer {
     } else if (moved) {
       rescale();
     }
-    sums.template add<Elem>(s, probs);
+    sums.add(s);
     wait_turn();
     last_product();
   }
-  FA3_DEVICE void run_blocks_serially(const BlockRange& visited, const BlockRange& unmasked) {
-    int n = visited.end - 1;
+  FA3_DEVICE void run_blocks_serially() {
+    const BlockRange unmasked =
+        unmasked_blocks<T::kMask>(bounds(), first_row(), kWarpgroupRows, T::BLOCK_N);
+    int n = blocks.end - 1;
     wait_turn();
-    serial_block<true>(n, n >= unmasked.end || n < unmasked.begin, n == visited.begin);
-    for (--n; n >= visited.begin; --n)
-      serial_block<false>(n, n >= unmasked.end || n < unmasked.begin, n == visited.begin);
+    serial_block<true>(n, n >= unmasked.end || n < unmasked.begin, n == blocks.begin);
+    for (--n; n >= blocks.begin; --n)
+      serial_block<false>(n, n >= unmasked.end || n < unmasked.begin, n == blocks.begin);
     pass_turn();
   }
-  // Without a producer warp one thread of the first consumer issues the copies: V of this block, K of the next.
+  // Without a producer warp one thread of the first consumer issues the copies: V of this block, K
+  // of the next.
   FA3_DEVICE void load_ahead(int n) {
     if constexpr (!T::kWarpSpecialized) {
       if (wg == 0 && warp == 0 && elect_one()) {
@@ -486,28 +357,60 @@ struct Consumer {
   FA3_DEVICE void run_tile(const typename T::Tile& t) {
     take(t);
     if (m < 0) return;
-    const BlockRange unmasked = unmasked_blocks<T::kMask>(bounds(), first_row(), kWarpgroupRows, T::BLOCK_N);
     if (blocks.empty())
       no_keys();
     else if constexpr (T::kOverlap)
-      run_blocks(blocks, unmasked);
+      run_blocks();
     else
-      run_blocks_serially(blocks, unmasked);
+      run_blocks_serially();
   }
-  FA3_DEVICE void run_blocks(const BlockRange& visited, const BlockRange& unmasked) {
-    int n = visited.end - 1;
-    first_block(n, n >= unmasked.end || n < unmasked.begin, n == visited.begin);
-    --n;
-    for (; n >= max(unmasked.end, visited.begin); --n) next_block<true>(n, n == visited.begin);
-    // trail_maximum needs a finite reference: a row that met its first key nowhere yet does so in the next block.
-    if (n >= visited.begin && __any_sync(kFullWarp, reference[0] == -INFINITY || reference[1] == -INFINITY)) {
-      next_block<true>(n, n == visited.begin);
-      --n;
+  // A block that only the other warpgroups of this tile need: keeps the rings and the turns in
+  // step.
+  FA3_DEVICE void skip_block(int n) {
+    load_ahead(n);
+    wait_k();
+    if (n != blocks.end - 1) wait_turn(), pass_turn();
+    release_k();
+    wait_v();
+    release_v();
+  }
+  FA3_DEVICE void run_blocks() {
+    BlockRange mine = blocks;
+    if (first_row() >= seqlen_q) mine.end = mine.begin;  // rows behind the end of the sequence
+    if constexpr (T::kMask != Mask::None) {
+      const BlockRange seen =
+          visited_blocks<T::kMask>(bounds(), first_row(), kWarpgroupRows, T::BLOCK_N);
+      mine = {max(mine.begin, seen.begin), min(mine.end, seen.end)};
     }
-    for (; n >= max(unmasked.begin, visited.begin); --n) next_block<false>(n, n == visited.begin);
+    const BlockRange unmasked =
+        unmasked_blocks<T::kMask>(bounds(), first_row(), kWarpgroupRows, T::BLOCK_N);
+    int n = blocks.end - 1;
+    if (mine.empty()) {
+      wait_q();
+      release_q();
+      for (; n >= blocks.begin; --n) skip_block(n);
+      no_keys();
+      return;
+    }
+    for (; n >= mine.end; --n) skip_block(n);
+    first_block(n, n >= unmasked.end || n < unmasked.begin, n == mine.begin, n != blocks.end - 1);
+    --n;
+    for (; n >= max(unmasked.end, mine.begin); --n) next_block<true>(n, n == mine.begin);
+    // trail_maximum needs a finite reference: a row that met its first key nowhere yet does so in
+    // the next block.
+    if constexpr (T::kMask != Mask::None) {
+      if (n >= mine.begin &&
+          __any_sync(kFullWarp, reference[0] == -INFINITY || reference[1] == -INFINITY)) {
+        next_block<true>(n, n == mine.begin);
+        --n;
+      }
+    }
+    for (; n >= max(unmasked.begin, mine.begin); --n) next_block<false>(n, n == mine.begin);
     if constexpr (T::kMask == Mask::Window)
-      for (; n >= visited.begin; --n) next_block<true>(n, n == visited.begin);
+      for (; n >= mine.begin; --n) next_block<true>(n, n == mine.begin);
     last_product();
+    if constexpr (T::kMask == Mask::Window)
+      for (; n >= blocks.begin; --n) skip_block(n);
   }
 
   // ---- epilogue ----
@@ -526,24 +429,19 @@ struct Consumer {
   // O / sum and the log-sum-exp. The sink is one more logit in the denominator, without a value.
   FA3_DEVICE void finish(const typename T::Tile& t) {
     constexpr float kLn2 = 0.6931471805599453f, kLog2e = 1.4426950408889634f;
-    float inverse[2];
+    float sum[2] = {row_total(0), row_total(1)}, inverse[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float sum = row_total(i), top = reference[i], factor = 1.f;
-      if (p.sink != nullptr && t.batch < p.batch) {
-        const float sink = p.sink[t.head] * kLog2e, higher = fmaxf(top, sink);
-        if (higher != -INFINITY) {
-          factor = exp2_approx(top - higher);
-          sum = sum * factor + exp2_approx(sink - higher);
-          top = higher;
-        }
-      }
-      inverse[i] = sum > 0.f || sum != sum ? factor / sum : 0.f;
-      if (lane % 4 == 0 && row(i) < seqlen_q) {
-        const int64_t at = p.cu_seqlens_q == nullptr
-                               ? (int64_t(t.batch) * p.heads_q + t.head) * seqlen_q + row(i)
-                               : int64_t(t.head) * p.total_q + t.start_q + row(i);
-        p.lse[at] = sum == 0.f ? -INFINITY : fmaf(top, kLn2, __logf(sum));
+    for (int i = 0; i < 2; ++i) inverse[i] = sum[i] == 0.f ? 0.f : reciprocal(sum[i]);
+    if (p.sink != nullptr) {
+      const float sink = p.sink[t.head] * kLog2e;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float top = fmaxf(reference[i], sink);
+        if (top == -INFINITY) continue;
+        const float factor = exp2_approx(reference[i] - top);
+        sum[i] = sum[i] * factor + exp2_approx(sink - top);
+        inverse[i] = factor * reciprocal(sum[i]);
+        reference[i] = top;
       }
     }
     if (first_row() >= seqlen_q) return;
@@ -552,16 +450,25 @@ struct Consumer {
       store_by_tma(t, inverse);
     else
       store_directly(t, inverse);
+    float* lse = p.lse + t.lse_row + row(0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (lane % 4 == 0 && row(i) < seqlen_q)
+        lse[8 * i] = sum[i] == 0.f ? -INFINITY : fmaf(reference[i], kLn2, __logf(sum[i]));
   }
-  // Through this warpgroup's own buffer: no barrier with the others, and the next tile starts meanwhile.
+  // Through this warpgroup's own buffer: no barrier with the others, and the next tile starts
+  // meanwhile.
   FA3_DEVICE void store_by_tma(const typename T::Tile& t, const float (&inverse)[2]) {
     const uint32_t buffer = smem_addr(shared.o[0]) + wg * T::kOBytes;
     if (tid == 0) bulk_wait_read<0>();  // the store before this one has left the buffer
     named_sync(kStore + wg, kWarpgroupThreads);
-    const int r = stmatrix_row(tid);
+    // Chunk 2 j + (0 or 1) of the row: j only toggles swizzled address bits 5 and 6, and picks the
+    // slab.
+    const uint32_t first =
+        buffer + tile_offset<128, 2>(kWarpgroupRows, stmatrix_row(tid), 8 * stmatrix_chunk(tid, 0));
 #pragma unroll
     for (int j = 0; j < T::kDimV / 16; ++j)
-      stmatrix_x4(buffer + tile_offset<128, 2>(kWarpgroupRows, r, 8 * stmatrix_chunk(tid, j)),
+      stmatrix_x4((first ^ (j % 4 * 32)) + j / 4 * kWarpgroupRows * kRowBytes,
                   pack2<Elem>(o[8 * j] * inverse[0], o[8 * j + 1] * inverse[0]),
                   pack2<Elem>(o[8 * j + 2] * inverse[1], o[8 * j + 3] * inverse[1]),
                   pack2<Elem>(o[8 * j + 4] * inverse[0], o[8 * j + 5] * inverse[0]),
@@ -578,12 +485,14 @@ struct Consumer {
       bulk_commit();
     }
   }
-  // From registers, row by row. The four lanes of a row hold two columns of every eight; a 4 x 4 transpose of packed
-  // pairs among them makes that eight neighbouring columns per lane, one 16-byte store.
+  // From registers, row by row. The four lanes of a row hold two columns of every eight; a 4 x 4
+  // transpose of packed pairs among them makes that eight neighbouring columns per lane, one
+  // 16-byte store.
   FA3_DEVICE void store_directly(const typename T::Tile& t, const float (&inverse)[2]) {
     const int quad = lane % 4;
     const int batch = p.cu_seqlens_q == nullptr ? t.batch : 0;
-    Elem* out = static_cast<Elem*>(p.out_ptr) + batch * p.out_stride_batch + t.head * p.out_stride_head;
+    Elem* out =
+        static_cast<Elem*>(p.out_ptr) + batch * p.out_stride_batch + t.head * p.out_stride_head;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       Elem* out_row = out + int64_t(t.start_q + row(i)) * p.out_stride_token;
@@ -592,9 +501,11 @@ struct Consumer {
         uint32_t w[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          w[e] = pack2<Elem>(o[16 * g + 4 * e + 2 * i] * inverse[i], o[16 * g + 4 * e + 2 * i + 1] * inverse[i]);
+          w[e] = pack2<Elem>(o[16 * g + 4 * e + 2 * i] * inverse[i],
+                             o[16 * g + 4 * e + 2 * i + 1] * inverse[i]);
 #pragma unroll
-        for (int bit = 1; bit <= 2; bit *= 2) {  // swap the off-diagonal halves across lanes that differ in this bit
+        for (int bit = 1; bit <= 2;
+             bit *= 2) {  // swap the off-diagonal halves across lanes that differ in this bit
           const bool upper = quad & bit;
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
@@ -612,14 +523,16 @@ struct Consumer {
   }
 
   FA3_DEVICE void run() {
-    if (T::kPingPong && wg == T::kConsumers - 1) named_arrive(kTurn, 2 * kWarpgroupThreads);  // first turn: wg 0
+    if (T::kPingPong && wg == T::kConsumers - 1)
+      named_arrive(kTurn, 2 * kWarpgroupThreads);  // first turn: wg 0
     if constexpr (T::kWarpSpecialized) {
       for (;; ring.advance()) {
         mbar_wait(smem_addr(&shared.tile_full[ring.stage]), ring.phase);
         const uint32_t slot = smem_addr(&shared.tiles[ring.stage]);
         run_tile(read_tile<T>(slot));
         if (m < 0) break;
-        const typename T::Tile t = read_tile<T>(slot);  // again: not kept in registers through the block loop
+        const typename T::Tile t =
+            read_tile<T>(slot);  // again: not kept in registers through the block loop
         arrive(shared.tile_empty[ring.stage]);
         finish(t);
       }
@@ -640,7 +553,8 @@ struct Consumer {
 
 // ---- kernel ----------------------------------------------------------------------------------
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1) attn_fwd_kernel(const __grid_constant__ FwdParams p) {
+__global__ void __launch_bounds__(T::kThreads, 1)
+    attn_fwd_kernel(const __grid_constant__ FwdParams p) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename T::Shared*>(shared_bytes);
   if (threadIdx.x == 0) {

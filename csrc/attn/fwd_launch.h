@@ -14,9 +14,9 @@ struct FwdLaunch {
   int grid;
 };
 
-// Picks the kernel for mask, softcap and options, encodes the tensor maps and launches. One explicit instantiation
-// per translation unit (fwd.instances.cmake).
-template <class Elem, int kDimQK, int kDimV>
+// Picks the kernel for mask, softcap and options, encodes the tensor maps and launches. One
+// explicit instantiation per translation unit (fwd.instances.cmake).
+template <class Elem, int kTileIndex>
 int launch_fwd(FwdLaunch& launch);
 
 // The same for a kernel with one of launch.options switched off (fwd_ablation.cu).

@@ -13,78 +13,82 @@
 namespace fa3 {
 
 // ---- the tile table --------------------------------------------------------------------------
-// One row per head-dim bucket; other head dims run in the next bucket, where TMA fills the missing columns with
-// zeros and clips them on the way out. Registers per thread: S block_n / 2, P block_n / 4, O dim_v / 2; at 240
-// registers 208 of them can be live through the matrix products, at 160 (three consumers) 128.
+// One row per head-dim bucket; other head dims run in the next bucket, where TMA fills the missing
+// columns with zeros and clips them on the way out. Registers per thread: S block_n / 2, P block_n
+// / 4, O dim_v / 2 (+ 4); at 240 registers 208 of them can be live through the matrix products, at
+// 160 (three consumers) 128.
 struct FwdTile {
   int dim_qk, dim_v;  // bucket
   int consumers;      // warpgroups of 64 query rows
   int block_n;        // keys per block
   bool stage_o;       // own shared-memory buffer for O: stored by TMA while the next tile runs
+  bool ones;  // row sums by columns of ones beside V: eight more columns of O, one more slab of V
+  bool integer_maximum;  // bf16: row maxima by three-way integer maxima, row by row; else FP32,
+                         // both rows at once
 };
 constexpr FwdTile kFwdTiles[] = {
-    // dims       wgs  keys  stage  shared memory    live   what binds
-    {64, 64, 3, 128, true},     //  114 KB         128/128  registers; softmax, hence three warpgroups to hide it
-    {96, 96, 2, 128, true},     //  225 KB (as 128) 144/208 shared memory: 96 columns take two slabs of 64
-    {128, 128, 2, 128, true},   //  192 KB         160/208  176 keys fit too, without O's buffer, and are slower
-    {192, 128, 2, 112, true},   //  220 KB         148/208  shared memory
-    {192, 192, 2, 96, false},   //  192 KB         168/208  shared memory
-    {256, 256, 2, 64, false},   //  192 KB         176/208  shared memory; 80 keys: 188/208
+    // dims       wgs  keys  stage  ones   int       shared memory  live     what binds
+    {64, 64, 3, 128, true, true,
+     false},  //  144 KB  132/128  registers; three warpgroups hide the softmax
+    {96, 96, 2, 128, true, false, true},    //  192 KB  144/208  96 columns take two slabs of 64
+    {128, 128, 2, 128, true, true, true},   //  224 KB  164/208  shared memory
+    {192, 128, 2, 112, true, false, true},  //  220 KB  148/208  shared memory
+    {192, 192, 2, 96, false, false, true},  //  192 KB  168/208  shared memory
+    {256, 256, 2, 64, false, false, true},  //  192 KB  176/208  shared memory
 };
 constexpr int kFwdTileCount = sizeof(kFwdTiles) / sizeof(kFwdTiles[0]);
-constexpr FwdTile fwd_tile(int dim_qk, int dim_v) {
-  for (const FwdTile& tile : kFwdTiles)
-    if (tile.dim_qk == dim_qk && tile.dim_v == dim_v) return tile;
-  return {0, 0, 0, 0, false};
-}
 
-// ---- how a kernel works: the default, and what the ablations switch off --------------------------
+// ---- how a kernel works: the default, and what the ablations switch off
+// --------------------------
 struct FwdDefault {
-  static constexpr int kStages = 2;              // of K and of V
-  static constexpr bool kWarpSpecialized = true; // a producer warp issues the TMA copies
-  static constexpr bool kOverlap = true;         // S of the next block is computed beside the softmax of this one
-  static constexpr bool kPingPong = true;        // warpgroups take turns on the tensor cores
-  static constexpr bool kReallocate = true;      // setmaxnreg
-  static constexpr int kSlack = 8;               // log2: how far the row reference may trail the maximum; < 0: not at all
-  static constexpr RowSum kRowSum = RowSum::Float;
-  static constexpr bool kIntegerMax = true;
-  static constexpr int kDelay = -1;
+  static constexpr int kStages = 2;               // of K and of V
+  static constexpr bool kWarpSpecialized = true;  // a producer warp issues the TMA copies
+  static constexpr bool kOverlap =
+      true;  // S of the next block is computed beside the softmax of this one
+  static constexpr bool kPingPong = true;    // warpgroups take turns on the tensor cores
+  static constexpr bool kReallocate = true;  // setmaxnreg
 };
 
 // ---- parameters ------------------------------------------------------------------------------
 struct FwdParams {
-  CUtensorMap q, k, v, out;  // 4D {columns, tokens, heads, batch}; varlen: batch 1, tokens of all sequences
+  CUtensorMap q, k, v,
+      out;  // 4D {columns, tokens, heads, batch}; varlen: batch 1, tokens of all sequences
   void* out_ptr;
   float* lse;
   const int32_t* cu_seqlens_q;  // varlen, else null
   const int32_t* cu_seqlens_k;
-  const float* sink;       // (heads_q) or null
-  int* tile_counter;       // dynamic schedule: next tile; null: static schedule
-  const int* varlen_order; // varlen: {tiles, order[batch], first[batch + 1]}, see fwd_varlen.cuh
+  const float* sink;        // (heads_q) or null
+  int* tile_counter;        // dynamic schedule: next tile; null: static schedule
+  const int* varlen_order;  // varlen: {tiles, order[batch], first[batch + 1]}, see fwd_varlen.cuh
   int64_t out_stride_batch, out_stride_token, out_stride_head;  // elements
-  int batch, heads_q, group;      // group: query heads per KV head
-  int seqlen_q, seqlen_k;         // dense lengths
-  int total_q;                    // varlen: row pitch of lse
-  int window_left, window_right;  // Mask::Window; -1: unbounded
-  int dim_v;                      // columns of out that exist
-  int tiles_per_head, num_tiles;  // dense
-  int section;                    // query heads that are scheduled together (varlen: computed per sequence)
-  int l2_bytes;                   // budget of a section
-  float exponent_scale;           // c: scores to log2 units (softcap: of the capped score)
-  float softcap_scale;            // scale / softcap: what tanh is taken of
+  int batch, heads_q, group;                                    // group: query heads per KV head
+  int seqlen_q, seqlen_k;                                       // dense lengths
+  int total_q;                                                  // varlen: row pitch of lse
+  int window_left, window_right;                                // Mask::Window; -1: unbounded
+  int dim_v;                                                    // columns of out that exist
+  int tiles_per_head, num_tiles;                                // dense
+  int section;           // query heads that are scheduled together (varlen: computed per sequence)
+  int l2_bytes;          // budget of a section
+  float exponent_scale;  // c: scores to log2 units (softcap: of the capped score)
+  float softcap_scale;   // scale / softcap: what tanh is taken of
 };
 
 // ---- traits ----------------------------------------------------------------------------------
-template <class Elem_, int kDimQK_, int kDimV_, Mask kMask_, bool kSoftcap_, class Options = FwdDefault>
+template <class Elem_, int kTileIndex, Mask kMask_, bool kSoftcap_, class Options = FwdDefault>
 struct FwdTraits : Options {
   using Elem = Elem_;
-  static constexpr int kDimQK = kDimQK_, kDimV = kDimV_;
+  static constexpr FwdTile kTile = kFwdTiles[kTileIndex];
+  static constexpr int kDimQK = kTile.dim_qk, kDimV = kTile.dim_v;
   static constexpr Mask kMask = kMask_;
   static constexpr bool kSoftcap = kSoftcap_;
-  static constexpr FwdTile kTile = fwd_tile(kDimQK, kDimV);
-  static_assert(kTile.consumers > 0, "no row in kFwdTiles for these head dims");
   static constexpr int kConsumers = kTile.consumers;
-  // Without setmaxnreg a thread has 168 registers (384 threads): a full block of S, P and O does not fit.
+  // log2 of how far the row reference may trail the maximum (tile/softmax.cuh); < 0: not at all. In
+  // fp16 the rounding of P is as fine as that of the result, and keeping the maximum exact is what
+  // makes it so.
+  static constexpr int kSlack = std::is_same_v<Elem_, bf16> ? 8 : -1;
+  static constexpr RowSum kRowSum = kTile.ones ? RowSum::Ones : RowSum::Float;
+  // Without setmaxnreg a thread has 168 registers (384 threads): a full block of S, P and O does
+  // not fit.
   static constexpr int BLOCK_N = Options::kReallocate ? kTile.block_n : kTile.block_n / 2;
   static constexpr int BLOCK_M = kConsumers * kWarpgroupRows;
   static constexpr bool kStageO = kTile.stage_o;
@@ -92,30 +96,33 @@ struct FwdTraits : Options {
   static constexpr int kThreads = (kProducerWarpgroups + kConsumers) * kWarpgroupThreads;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-  static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroupThreads <= 65536, "registers");
+  static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroupThreads <= 65536,
+                "registers");
 
-  static constexpr int kSlab = 64;                        // columns of a 128-byte slab of 16-bit elements
+  static constexpr int kSlab = 64;  // columns of a 128-byte slab of 16-bit elements
   static constexpr int kSlabsQK = ceil_div(kDimQK, kSlab), kSlabsV = ceil_div(kDimV, kSlab);
   static constexpr int kQBytes = kWarpgroupRows * kSlabsQK * 128;  // of one warpgroup
   static constexpr int kOBytes = kWarpgroupRows * kSlabsV * 128;
-  static constexpr int kKBytes = BLOCK_N * kSlabsQK * 128, kVBytes = BLOCK_N * kSlabsV * 128;  // of one stage
+  static constexpr int kKBytes = BLOCK_N * kSlabsQK * 128,
+                       kVBytes = BLOCK_N * kSlabsV * 128;  // of one stage
   // RowSum::Ones: V has eight more columns, all ones, in a slab of their own that TMA never writes.
-  static constexpr bool kOnes = Options::kRowSum == RowSum::Ones;
+  static constexpr bool kOnes = kTile.ones;
   static constexpr int kColumnsV = kDimV + (kOnes ? 8 : 0);
   static constexpr int kVStride = kVBytes + (kOnes ? BLOCK_N * 128 : 0);
   static_assert(!kOnes || kDimV % kSlab == 0, "the ones follow the last full slab");
   static_assert(BLOCK_N % 16 == 0, "k-steps of P V; swizzle atoms of 8 rows");
-  static_assert(kDimQK % 16 == 0 && kDimV % 8 == 0 && kDimV <= 256, "k-steps of Q K; columns of P V");
+  static_assert(kDimQK % 16 == 0 && kDimV % 8 == 0 && kDimV <= 256,
+                "k-steps of Q K; columns of P V");
 
   // A tile in flight, as the scheduler publishes it.
   struct Tile {
-    int m;                   // query tile of the sequence; < 0: no more work
+    int m;  // query tile of the sequence; < 0: no more work
     int head, batch;
     int seqlen_q, seqlen_k;  // of this sequence
     int start_q, start_k;    // first token (0 when dense)
     int unused;
-    BlockRange blocks;       // key blocks to visit
-    int unused_too[2];
+    BlockRange blocks;  // key blocks to visit
+    int64_t lse_row;    // index in lse of row 0 of the sequence and head
   };
   static_assert(sizeof(Tile) == 48, "three 16-byte words");
   static constexpr int kTileRing = 2;

@@ -1,46 +1,46 @@
 #include "attn/fwd_varlen.cuh"
-
 #include "host.h"
 
 namespace fa3 {
 namespace {
 
 constexpr int kVarlenThreads = 1024;
-// Sorting compares all pairs: worth it up to this many sequences; beyond, their number alone balances the load.
+// Sorting compares all pairs: worth it up to this many sequences; beyond, their number alone
+// balances the load.
 constexpr int kVarlenSorted = 4096;
 
 __global__ void __launch_bounds__(kVarlenThreads)
-    attn_varlen_order_kernel(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int batch, int total_q,
+    attn_varlen_order_kernel(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int batch,
                              int heads, int block_m, int* memory, int* counter) {
   __shared__ int lengths[kVarlenSorted];
   __shared__ int warp_sums[kVarlenThreads / 32];
   __shared__ int running;
-  const int sequences = batch + 1;
   int* order = memory + 1;
-  int* first = order + sequences;
+  int* first = order + batch;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (sequences <= kVarlenSorted) {
-    for (int b = threadIdx.x; b < sequences; b += kVarlenThreads)
-      lengths[b] = b < batch ? cu_seqlens_k[b + 1] - cu_seqlens_k[b] : 0;
+  if (batch <= kVarlenSorted) {
+    for (int b = threadIdx.x; b < batch; b += kVarlenThreads)
+      lengths[b] = cu_seqlens_k[b + 1] - cu_seqlens_k[b];
     __syncthreads();
-    for (int b = threadIdx.x; b < sequences; b += kVarlenThreads) {
+    for (int b = threadIdx.x; b < batch; b += kVarlenThreads) {
       const int mine = lengths[b];
       int rank = 0;
-      for (int other = 0; other < sequences; ++other)
+      for (int other = 0; other < batch; ++other)
         rank += lengths[other] > mine || (lengths[other] == mine && other < b);
       order[rank] = b;
     }
   } else {
-    for (int b = threadIdx.x; b < sequences; b += kVarlenThreads) order[b] = b;
+    for (int b = threadIdx.x; b < batch; b += kVarlenThreads) order[b] = b;
   }
   if (threadIdx.x == 0) running = 0, *counter = 0;
   __syncthreads();
-  for (int base = 0; base < sequences; base += kVarlenThreads) {  // exclusive prefix sum, a block of ranks at a time
+  for (int base = 0; base < batch;
+       base += kVarlenThreads) {  // exclusive prefix sum, a block of ranks at a time
     const int rank = base + threadIdx.x;
     int tiles = 0;
-    if (rank < sequences) {
-      const int b = order[rank], end = b < batch ? cu_seqlens_q[b + 1] : total_q;
-      tiles = ceil_div(end - cu_seqlens_q[b], block_m) * heads;
+    if (rank < batch) {
+      const int b = order[rank];
+      tiles = ceil_div(max(cu_seqlens_q[b + 1] - cu_seqlens_q[b], 0), block_m) * heads;
     }
     int sum = tiles;
     for (int d = 1; d < 32; d *= 2) {
@@ -59,20 +59,20 @@ __global__ void __launch_bounds__(kVarlenThreads)
     }
     __syncthreads();
     const int before = running + (warp > 0 ? warp_sums[warp - 1] : 0) + sum - tiles;
-    if (rank < sequences) first[rank] = before;
+    if (rank < batch) first[rank] = before;
     __syncthreads();
     if (threadIdx.x == 0) running += warp_sums[31];
     __syncthreads();
   }
-  if (threadIdx.x == 0) first[sequences] = memory[0] = running;
+  if (threadIdx.x == 0) first[batch] = memory[0] = running;
 }
 
 }  // namespace
 
-int make_varlen_order(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int batch, int total_q, int heads,
-                      int block_m, int* memory, int* counter, cudaStream_t stream) {
-  attn_varlen_order_kernel<<<1, kVarlenThreads, 0, stream>>>(cu_seqlens_q, cu_seqlens_k, batch, total_q, heads, block_m,
-                                                             memory, counter);
+int make_varlen_order(const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, int batch,
+                      int heads, int block_m, int* memory, int* counter, cudaStream_t stream) {
+  attn_varlen_order_kernel<<<1, kVarlenThreads, 0, stream>>>(cu_seqlens_q, cu_seqlens_k, batch,
+                                                             heads, block_m, memory, counter);
   return check_cuda(cudaGetLastError(), "fa3_attn_fwd: launch of the varlen order");
 }
 

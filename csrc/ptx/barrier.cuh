@@ -78,6 +78,8 @@ FA3_DEVICE void fence_proxy_async_global() {
 }
 
 // membar.gl / fence.acq_rel.gpu: orders this thread's global accesses for the whole GPU.
-FA3_DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+FA3_DEVICE void fence_gpu() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
 
 }  // namespace fa3

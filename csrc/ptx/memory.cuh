@@ -19,7 +19,8 @@ FA3_DEVICE uint4 lds128(uint32_t addr) {
                : "memory");
   return v;
 }
-// Two floats. No memory clobber: the compiler may move it among arithmetic, not across other volatile asm.
+// Two floats. No memory clobber: the compiler may move it among arithmetic, not across other
+// volatile asm.
 FA3_DEVICE float2 lds_float2(uint32_t addr) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(addr));
@@ -27,7 +28,9 @@ FA3_DEVICE float2 lds_float2(uint32_t addr) {
 }
 FA3_DEVICE float4 lds_float4(uint32_t addr) {
   float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(addr));
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(addr));
   return v;
 }
 FA3_DEVICE void sts32(uint32_t addr, uint32_t v) {
@@ -42,7 +45,8 @@ FA3_DEVICE void sts128(uint32_t addr, uint4 v) {
                : "memory");
 }
 FA3_DEVICE void sts_float4(uint32_t addr, float x, float y, float z, float w) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "f"(x), "f"(y), "f"(z), "f"(w)
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "f"(x), "f"(y), "f"(z),
+               "f"(w)
                : "memory");
 }
 
@@ -66,8 +70,8 @@ FA3_DEVICE uint4 ldmatrix_x4_trans(uint32_t addr) {
 
 // stmatrix .x4 (.trans)
 FA3_DEVICE void stmatrix_x4(uint32_t addr, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(a),
-               "r"(b), "r"(c), "r"(d)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
+               "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
 FA3_DEVICE void stmatrix_x4_trans(uint32_t addr, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -1,5 +1,6 @@
-// Streaming accesses and warp reductions of the elementwise kernels: one PTX instruction per function.
-// Section names are those of the PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/
+// Streaming accesses and warp reductions of the elementwise kernels: one PTX instruction per
+// function. Section names are those of the PTX ISA,
+// https://docs.nvidia.com/cuda/parallel-thread-execution/
 #pragma once
 #include "ptx/types.cuh"
 
@@ -11,7 +12,9 @@ FA3_DEVICE void cp_async_16(uint32_t dst, const void* src) {
 }
 
 // cp.async.wait_all: this thread's copies have landed.
-FA3_DEVICE void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+FA3_DEVICE void cp_async_wait_all() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
 
 // ld.global.nc with L1::no_allocate: data that is read once. 16 bytes.
 FA3_DEVICE uint4 load_once(const void* address) {
@@ -30,7 +33,9 @@ FA3_DEVICE float max_or_nan(float a, float b) {
 }
 
 // redux.sync.max: over the warp.
-FA3_DEVICE uint32_t warp_max(uint32_t x) { return __reduce_max_sync(0xffffffffu, x); }
+FA3_DEVICE uint32_t warp_max(uint32_t x) {
+  return __reduce_max_sync(0xffffffffu, x);
+}
 
 // rcp.approx: within 1 ulp.
 FA3_DEVICE float reciprocal_approx(float x) {

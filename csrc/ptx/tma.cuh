@@ -1,9 +1,10 @@
 // Bulk and tensor copies (TMA): one PTX instruction per function.
 // Section names are those of the PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/
 //
-// Hardware facts the callers rely on: coordinates out of range load as zeros (negative ones too) and are
-// clipped on a store, but a NEGATIVE coordinate of a store is an illegal instruction; the byte count that
-// a load reports to its mbarrier is that of the full box, whatever was out of range.
+// Hardware facts the callers rely on: coordinates out of range load as zeros (negative ones too)
+// and are clipped on a store, but a NEGATIVE coordinate of a store is an illegal instruction; the
+// byte count that a load reports to its mbarrier is that of the full box, whatever was out of
+// range.
 #pragma once
 #include <cuda.h>
 
@@ -21,7 +22,8 @@ FA3_DEVICE void tma_prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// cp.async.bulk.tensor, global -> shared, 2 to 5 dimensions. Coordinates: innermost first, in elements.
+// cp.async.bulk.tensor, global -> shared, 2 to 5 dimensions. Coordinates: innermost first, in
+// elements.
 FA3_DEVICE void tma_load_2d(uint32_t dst, const CUtensorMap* map, uint32_t bar, uint64_t policy,
                             int c0, int c1) {
   asm volatile(
@@ -57,44 +59,51 @@ FA3_DEVICE void tma_load_5d(uint32_t dst, const CUtensorMap* map, uint32_t bar, 
 
 // cp.async.bulk.tensor, shared -> global. Coordinates must not be negative.
 FA3_DEVICE void tma_store_4d(const CUtensorMap* map, uint32_t src, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"
-               ::"l"(map), "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          map),
+      "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
 }
 FA3_DEVICE void tma_store_5d(const CUtensorMap* map, uint32_t src, int c0, int c1, int c2, int c3,
                              int c4) {
   asm volatile(
-      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];"
-      ::"l"(map), "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], [%1];" ::
+          "l"(map),
+      "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 
 // cp.async.bulk, global -> shared. Address, source and size: multiples of 16 bytes.
 FA3_DEVICE void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          dst),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(dst),
       "l"(src), "r"(bytes), "r"(bar)
       : "memory");
 }
 
 // cp.reduce.async.bulk, shared -> global: dst[i] += src[i] in FP32, in L2.
 FA3_DEVICE void bulk_reduce_add_f32(void* dst, uint32_t src, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
-               "r"(src), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst),
+      "r"(src), "r"(bytes)
+      : "memory");
 }
 
 // The same with an L2 policy.
 FA3_DEVICE void bulk_reduce_add_f32(void* dst, uint32_t src, uint32_t bytes, uint64_t policy) {
   asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(dst),
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, "
+      "%3;" ::"l"(dst),
       "r"(src), "r"(bytes), "l"(policy)
       : "memory");
 }
 
 // cp.async.bulk.commit_group
-FA3_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+FA3_DEVICE void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 
 // cp.async.bulk.wait_group.read: all but the last N groups have left shared memory.
 template <int N>

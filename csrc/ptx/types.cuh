@@ -1,5 +1,6 @@
 // Element types of the tensor cores, and the qualifiers every device header uses.
-// Functions that only compute (layouts, masks, schedules) are FA3_HD: a host compiler can test them without a GPU.
+// Functions that only compute (layouts, masks, schedules) are FA3_HD: a host compiler can test them
+// without a GPU.
 #pragma once
 #include <cstdint>
 

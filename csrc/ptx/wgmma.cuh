@@ -2,11 +2,12 @@
 // Section names are those of the PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution/
 // (Asynchronous Warpgroup Level Matrix Instructions).
 //
-//   Wgmma<Elem, N>::ss     <tnspA, tnspB>(d, descA, descB)       d += A(smem) B(smem)      64 x N x K
-//   Wgmma<Elem, N>::ss_zero<tnspA, tnspB>(d, descA, descB)       d  = A(smem) B(smem)
-//   Wgmma<Elem, N>::rs     <tnspB>(d, a0, a1, a2, a3, descB)     d += A(registers) B(smem)
-//   Wgmma<Elem, N>::rs_zero<tnspB>(d, a0, a1, a2, a3, descB)     d  = A(registers) B(smem)
-// K = 16 (bf16, fp16) or 32 (e4m3, e5m2). tnsp = 0: K-major operand, 1: MN-major (16-bit types only).
+//   Wgmma<Elem, N>::ss     <tnspA, tnspB>(d, descA, descB)       d += A(smem) B(smem)      64 x N x
+//   K Wgmma<Elem, N>::ss_zero<tnspA, tnspB>(d, descA, descB)       d  = A(smem) B(smem) Wgmma<Elem,
+//   N>::rs     <tnspB>(d, a0, a1, a2, a3, descB)     d += A(registers) B(smem) Wgmma<Elem,
+//   N>::rs_zero<tnspB>(d, a0, a1, a2, a3, descB)     d  = A(registers) B(smem)
+// K = 16 (bf16, fp16) or 32 (e4m3, e5m2). tnsp = 0: K-major operand, 1: MN-major (16-bit types
+// only).
 #pragma once
 #include "ptx/types.cuh"
 #include "wgmma_shapes.cuh"  // written by ptx/gen_wgmma.py when the build is configured
@@ -14,10 +15,14 @@
 namespace fa3 {
 
 // wgmma.fence: registers written by ordinary code may now be read or accumulated into by wgmma.
-FA3_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+FA3_DEVICE void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 
 // wgmma.commit_group
-FA3_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+FA3_DEVICE void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 
 // wgmma.wait_group: all but the last N groups are complete.
 template <int N>
@@ -25,30 +30,8 @@ FA3_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// mma.sync m16n8k16 (Warp Level Matrix Multiply-Accumulate): d += A B for one warp, 16 x 8 x 16. The A fragment is
-// that of wgmma; used to sum rows of P as the tensor core sees them (B = ones).
-template <class Elem>
-FA3_DEVICE void mma_m16n8k16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                             uint32_t b1);
-template <>
-FA3_DEVICE void mma_m16n8k16<bf16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                   uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-template <>
-FA3_DEVICE void mma_m16n8k16<fp16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                   uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// No instruction. The compiler may not move reads or writes of these registers across this point: wgmma
-// touches them asynchronously, which the asm operands alone do not say.
+// No instruction. The compiler may not move reads or writes of these registers across this point:
+// wgmma touches them asynchronously, which the asm operands alone do not say.
 template <int N>
 FA3_DEVICE void pin(float (&r)[N]) {
 #pragma unroll

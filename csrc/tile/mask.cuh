@@ -33,7 +33,8 @@ struct MaskBounds {
   }
 };
 
-// Key blocks [begin, end) that rows [row, row + rows) of the sequence touch; empty where begin >= end.
+// Key blocks [begin, end) that rows [row, row + rows) of the sequence touch; empty where begin >=
+// end.
 struct BlockRange {
   int begin, end;
   FA3_HD bool empty() const { return begin >= end; }
@@ -46,7 +47,8 @@ FA3_HD BlockRange visited_blocks(const MaskBounds& bounds, int row, int rows, in
   const int end = keys > 0 ? (keys + block_n - 1) / block_n : 0;
   return {first_key / block_n, end};
 }
-// The sub-range in which every one of these rows sees every key: no mask needed there. May be empty.
+// The sub-range in which every one of these rows sees every key: no mask needed there. May be
+// empty.
 template <Mask kMask>
 FA3_HD BlockRange unmasked_blocks(const MaskBounds& bounds, int row, int rows, int block_n) {
   const int keys = bounds.end_of_row<kMask>(row);
@@ -55,8 +57,8 @@ FA3_HD BlockRange unmasked_blocks(const MaskBounds& bounds, int row, int rows, i
 }
 
 #if defined(__CUDACC__)
-// Sets scores outside [begin[i], end[i]) to -inf; i = 0, 1 are the two rows of this thread, and the bounds
-// are relative to the first column the thread holds (column 2 * (lane % 4) of the block).
+// Sets scores outside [begin[i], end[i]) to -inf; i = 0, 1 are the two rows of this thread, and the
+// bounds are relative to the first column the thread holds (column 2 * (lane % 4) of the block).
 template <bool kLeft, int N>
 FA3_DEVICE void mask_scores(float (&s)[N], const int (&begin)[2], const int (&end)[2]) {
 #pragma unroll

@@ -1,7 +1,9 @@
-// Circular buffers between a producer and consumers. Each stage has two mbarriers: `full` (bytes landed) and
-// `empty` (all consumers done). A side keeps (stage, phase); the phase flips at every wrap.
+// Circular buffers between a producer and consumers. Each stage has two mbarriers: `full` (bytes
+// landed) and `empty` (all consumers done). A side keeps (stage, phase); the phase flips at every
+// wrap.
 //   consumer: wait(full[stage], phase)       producer: wait(empty[stage], phase ^ 1)
-// The producer's first round passes at once: a fresh barrier counts as having completed the phase before.
+// The producer's first round passes at once: a fresh barrier counts as having completed the phase
+// before.
 #pragma once
 #include "ptx/types.cuh"
 

@@ -1,11 +1,13 @@
-// Online softmax on accumulator fragments, one row of the thread at a time (I = 0, 1), so that a kernel can place
-// the pieces between its matrix products. Registers 4n + 2I and 4n + 2I + 1 belong to row I (tile/layout.cuh).
+// Online softmax on accumulator fragments, one row of the thread at a time (I = 0, 1), so that a
+// kernel can place the pieces between its matrix products. Registers 4n + 2I and 4n + 2I + 1 belong
+// to row I (tile/layout.cuh).
 //
-// Scores turn into exponents of two: with c = scale * log2(e) and a reference r (log2 units), P = 2^(S c - r).
-// Any reference gives the same quotient O = sum(P V) / sum(P) as long as nothing overflows. A reference that trails
-// the true maximum by up to `slack` keeps P <= 2^slack, which FP32 sums and 16-bit P hold easily (fp16: 2^15),
-// and spares most blocks the rescaling of O. What it costs is that the largest P is no longer exactly 1, so its
-// rounding to 16 bits would enter O but not the sum; hence the sums below that add P as rounded.
+// Scores turn into exponents of two: with c = scale * log2(e) and a reference r (log2 units), P =
+// 2^(S c - r). Any reference gives the same quotient O = sum(P V) / sum(P) as long as nothing
+// overflows. A reference that trails the true maximum by up to `slack` keeps P <= 2^slack, which
+// FP32 sums and 16-bit P hold easily (fp16: 2^15), and spares most blocks the rescaling of O. What
+// it costs is that the largest P is no longer exactly 1, so its rounding to 16 bits would enter O
+// but not the sum; hence the sums below that add P as rounded.
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/wgmma.cuh"
@@ -36,19 +38,23 @@ FA3_DEVICE float row_max(const float (&s)[N]) {
   return fmaxf(even, odd);
 }
 
-// The same where only a positive result matters: non-negative floats order like their bits, negative ones have
-// the sign bit and lose against any of them. One three-way integer maximum (VIMNMX3) takes two values, half
-// the instructions of row_max. All values negative: some negative number. NaN: NaN with either sign or a number.
+// The same where only a positive result matters: non-negative floats order like their bits,
+// negative ones have the sign bit and lose against any of them. One three-way integer maximum
+// (VIMNMX3) takes two values, half the instructions of row_max. All values negative: some negative
+// number. NaN: NaN with either sign or a number.
 template <int I, int N>
 FA3_DEVICE float row_max_if_positive(const float (&s)[N]) {
   int even = __float_as_int(s[2 * I]), odd = __float_as_int(s[2 * I + 1]);
 #pragma unroll
   for (int n = 1; n + 1 < N / 4; n += 2) {
-    even = __vimax3_s32(even, __float_as_int(s[4 * n + 2 * I]), __float_as_int(s[4 * n + 4 + 2 * I]));
-    odd = __vimax3_s32(odd, __float_as_int(s[4 * n + 2 * I + 1]), __float_as_int(s[4 * n + 4 + 2 * I + 1]));
+    even =
+        __vimax3_s32(even, __float_as_int(s[4 * n + 2 * I]), __float_as_int(s[4 * n + 4 + 2 * I]));
+    odd = __vimax3_s32(odd, __float_as_int(s[4 * n + 2 * I + 1]),
+                       __float_as_int(s[4 * n + 4 + 2 * I + 1]));
   }
   if (N / 4 % 2 == 0)
-    even = __vimax3_s32(even, __float_as_int(s[N - 4 + 2 * I]), __float_as_int(s[N - 4 + 2 * I + 1]));
+    even =
+        __vimax3_s32(even, __float_as_int(s[N - 4 + 2 * I]), __float_as_int(s[N - 4 + 2 * I + 1]));
   return __int_as_float(max(even, odd));
 }
 
@@ -89,26 +95,14 @@ FA3_DEVICE float row_sum(const float (&s)[N]) {
 template <class Elem, int I, int N>
 FA3_DEVICE void row_pack(const float (&s)[N], uint32_t (&p)[N / 2]) {
 #pragma unroll
-  for (int n = 0; n < N / 4; ++n) p[2 * n + I] = pack2<Elem>(s[4 * n + 2 * I], s[4 * n + 2 * I + 1]);
+  for (int n = 0; n < N / 4; ++n)
+    p[2 * n + I] = pack2<Elem>(s[4 * n + 2 * I], s[4 * n + 2 * I + 1]);
 }
-// Sum of row I of the packed, that is rounded, P in this thread.
-template <class Elem, int I, int N>
-FA3_DEVICE float row_sum_packed(const uint32_t (&p)[N]) {
-  float low = 0.f, high = 0.f;
-#pragma unroll
-  for (int n = 0; n < N / 2; ++n) {
-    const float2 pair = unpack2<Elem>(p[2 * n + I]);
-    low += pair.x;
-    high += pair.y;
-  }
-  return low + high;
-}
-
 // How the denominator sums P.
 enum class RowSum {
-  Float,   // FP32 P, before rounding
-  Packed,  // P as rounded, on the FP32 units
-  Ones,    // P as rounded, by eight more columns of V that hold ones: the tensor cores sum, the accumulator rescales
+  Float,  // FP32 P, before rounding
+  Ones,   // P as rounded, by eight more columns of V that hold ones: the tensor cores sum, the
+          // accumulator rescales
 };
 
 // The denominators of the two rows of a thread.
@@ -116,15 +110,10 @@ template <RowSum kKind>
 struct RowSums {
   float part[2];  // this thread's columns only; the quad adds up at the end
   FA3_DEVICE void clear() { part[0] = part[1] = 0.f; }
-  template <class Elem, int N>
-  FA3_DEVICE void add(const float (&s)[N], const uint32_t (&p)[N / 2]) {
-    if constexpr (kKind == RowSum::Float) {
-      part[0] += row_sum<0>(s);
-      part[1] += row_sum<1>(s);
-    } else {
-      part[0] += row_sum_packed<Elem, 0>(p);
-      part[1] += row_sum_packed<Elem, 1>(p);
-    }
+  template <int N>
+  FA3_DEVICE void add(const float (&s)[N]) {
+    part[0] += row_sum<0>(s);
+    part[1] += row_sum<1>(s);
   }
   FA3_DEVICE void scale(const float (&alpha)[2]) {
     part[0] *= alpha[0];
@@ -135,8 +124,8 @@ struct RowSums {
 template <>
 struct RowSums<RowSum::Ones> {  // nothing here: the sums are accumulator columns of P V
   FA3_DEVICE void clear() {}
-  template <class Elem, int N>
-  FA3_DEVICE void add(const float (&)[N], const uint32_t (&)[N / 2]) {}
+  template <int N>
+  FA3_DEVICE void add(const float (&)[N]) {}
   FA3_DEVICE void scale(const float (&)[2]) {}
 };
 

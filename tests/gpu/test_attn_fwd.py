@@ -104,13 +104,18 @@ def run(case: Case):
                 q, k, v, *cu.values(), *longest, **options, return_lse=True, backend="hopper"
             )
 
+    rows = slice(0, None if case.lengths is None else ends_q[-1])  # others are undefined
     first = call()
     # Fresh allocations are likely to reuse this memory: what is not written would show as NaN.
     scratch = [torch.full_like(x, math.nan) for x in first for _ in range(2)]
     del scratch
     second = call()
+    if case.lengths is not None:
+        first, second = [(out[rows], lse[:, rows].contiguous()) for out, lse in (first, second)]
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), "not repeatable"
+    if case.lengths is not None:
+        q = q[rows]
     truth = reference.attention(q, k, v, **options, **cu)
     naive = reference.attention_emulated(q, k, v, **options, **cu)
     return first, truth, naive
@@ -152,10 +157,8 @@ DENSE = (
         for d, c in itertools.product((8, 40, 72, 80, 104, 120, 136, 160, 200, 248), (False, True))
     ]
     + [
-        replace(BASE, seqlen_q=200, seqlen_k=333, dim=d, dim_v=e, causal=c)
-        for (d, e), c in itertools.product(
-            [(192, 128), (64, 128), (128, 64), (168, 96)], (False, True)
-        )
+        replace(BASE, seqlen_q=200, seqlen_k=333, dim=192, dim_v=128, causal=c, dtype=t)
+        for c, t in itertools.product((False, True), (BF16, FP16))
     ]
     # windows: with and without rows that see nothing, narrower and wider than a block
     + [
@@ -246,8 +249,7 @@ def test_error_on_the_papers_outlier_data(causal: bool, limit: float) -> None:
     assert error <= limit
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim,causal", [(64, True), (128, False), (128, True), (256, True)])
 def test_bitwise_repeats_under_co_load(dim: int, causal: bool) -> None:
     """1,000 launches beside another stream that keeps the memory system and some SMs busy."""
     torch.manual_seed(dim)
