@@ -270,7 +270,7 @@ def test_small_values_do_not_vanish_from_the_row_sum() -> None:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_of_the_whole_function(dim: int, causal: bool) -> None:
-    """RoPE, Hadamard, quantization, FP8 forward, 16-bit backward, beside the same in the emulation."""
+    """RoPE, Hadamard, quantization, FP8 forward, 16-bit backward, beside the emulation."""
     q, k, v = (x.bfloat16().requires_grad_() for x in inputs(2, 300, 300, 4, 2, dim, seed=5))
     angle = torch.outer(torch.arange(300.0), 1e4 ** (-torch.arange(dim // 2) / (dim // 2))).cuda()
     turn = {"cos": angle.cos(), "sin": angle.sin(), "signs": reference_fp8.random_signs(dim).cuda()}
