@@ -1,5 +1,6 @@
-// The small kernels around the backward: bwd_prepare before it; bwd_finish_dq, bwd_sum_dkv and bwd_finish_sink
-// after it. All are bound by memory traffic, and launched so that their start overlaps the end of the kernel before.
+// The small kernels around the backward: bwd_prepare before it; bwd_finish_dq, bwd_sum_dkv and
+// bwd_finish_sink after it. All are bound by memory traffic, and launched so that their start
+// overlaps the end of the kernel before.
 #pragma once
 #include "attn/bwd_params.cuh"
 #include "attn/bwd_tile.cuh"
@@ -18,25 +19,27 @@ struct BwdAroundParams {
   const float* dlse;     // likewise; NULL: none
   const float* sink;     // (heads_q); NULL: none
   float* dsink;
-  float* sink_parts;     // [heads_q * row_blocks]: bwd_prepare's sums of exp(sink - lse) * delta, per row block
-  float4* zero;          // workspace that must be zero (counters): zero_vectors of 16 bytes
+  float*
+      // [heads_q * row_blocks]: bwd_prepare's sums of exp(sink - lse) * delta, per row block
+      sink_parts;
+  float4* zero;  // workspace that must be zero (counters): zero_vectors of 16 bytes
   int64_t zero_vectors;
   const float *dk_parts, *dv_parts;  // bwd_sum_dkv: [shares](B, Sk, heads_k, D) contiguous
   int64_t dk_share, dv_share;        // floats of one share
   int shares;
-  int64_t total_q, total_k;      // rows of q and of k: packed totals, dense batch * seqlen
-  float lse_factor;              // neg_lse = -lse * lse_factor: 1 / softmax_scale, or log2 e with softcap
+  int64_t total_q, total_k;  // rows of q and of k: packed totals, dense batch * seqlen
+  float lse_factor;  // neg_lse = -lse * lse_factor: 1 / softmax_scale, or log2 e with softcap
   int dq_fp32, dkv_fp32;
 };
 
 // Rows of a query row block: sequence b, block m of it. False: a spare number.
 struct RowBlock {
-  int first_row;  // token of the tensor's token dimension
-  int batch;      // for batch strides; 0 when packed
+  int first_row;    // token of the tensor's token dimension
+  int batch;        // for batch strides; 0 when packed
   int seqlen, row;  // row: first query of the block within its sequence
   int64_t lse_row;  // index of (head 0, first row) in lse
   int64_t lse_head_stride;
-  int index;      // of statistics, without the head
+  int index;  // of statistics, without the head
 };
 template <int BLOCK_M>
 FA3_DEVICE bool find_row_block(const BwdShape& s, int64_t total_q, int m, int b, RowBlock* r) {
@@ -72,18 +75,22 @@ FA3_DEVICE float dot8(uint4 a, uint4 b) {
   return sum;
 }
 
-// neg_delta = -(rowsum(dO o O) - dLSE), neg_lse, zeroed accumulators, sink sums. A thread block per row block
-// (m, head, batch). kLanes lanes read a row of up to 8 kLanes elements.
-// dLSE: d LSE_i / d s_ij = P_ij, hence dS_ij = P_ij (dP_ij - delta_i + dLSE_i).
-// Sink z of the head: P_sink = exp(z - LSE_i) meets no value, so dP_sink = 0 and dz = -sum_i P_sink (delta_i - dLSE_i).
+// neg_delta = -(rowsum(dO o O) - dLSE), neg_lse, zeroed accumulators, sink sums. A thread block per
+// row block (m, head, batch). kLanes lanes read a row of up to 8 kLanes elements. dLSE: d LSE_i / d
+// s_ij = P_ij, hence dS_ij = P_ij (dP_ij - delta_i + dLSE_i). Sink z of the head: P_sink = exp(z -
+// LSE_i) meets no value, so dP_sink = 0 and dz = -sum_i P_sink (delta_i - dLSE_i).
 template <class Elem, int BLOCK_M, int kLanes, int kDqFloats>
-__global__ void __launch_bounds__(kAroundThreads) bwd_prepare(const __grid_constant__ BwdAroundParams p) {
+__global__ void __launch_bounds__(kAroundThreads)
+    bwd_prepare(const __grid_constant__ BwdAroundParams p) {
   constexpr int kRowsAtOnce = kAroundThreads / kLanes, kPasses = BLOCK_M / kRowsAtOnce;
-  constexpr int kBatch = kPasses % 4 == 0 ? 4 : kPasses % 3 == 0 ? 3 : kPasses;  // rows a thread has in flight
+  constexpr int kBatch = kPasses % 4 == 0   ? 4
+                         : kPasses % 3 == 0 ? 3
+                                            : kPasses;  // rows a thread has in flight
   static_assert(kPasses >= 1 && kPasses % kBatch == 0, "rows of a block divide evenly");
   const int head = blockIdx.y, b = blockIdx.z, thread = threadIdx.x;
   if (thread == 0) grid_launch_dependents();
-  const int64_t block = blockIdx.x + int64_t(gridDim.x) * (blockIdx.y + int64_t(gridDim.y) * blockIdx.z);
+  const int64_t block =
+      blockIdx.x + int64_t(gridDim.x) * (blockIdx.y + int64_t(gridDim.y) * blockIdx.z);
   const int64_t threads = int64_t(gridDim.x) * gridDim.y * gridDim.z * kAroundThreads;
   for (int64_t i = block * kAroundThreads + thread; i < p.zero_vectors; i += threads)
     p.zero[i] = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -94,8 +101,9 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_prepare(const __grid_const
   const int lane = thread % kLanes, row0 = thread / kLanes, col = 8 * lane;
   const bool has_col = col < p.shape.head_dim_v;
   const auto address = [&](const GradTensor& t, int row) {
-    return reinterpret_cast<const uint4*>(static_cast<const Elem*>(t.ptr) + r.batch * t.stride_batch
-                                          + int64_t(r.first_row + row) * t.stride_token + head * t.stride_head + col);
+    return reinterpret_cast<const uint4*>(
+        static_cast<const Elem*>(t.ptr) + r.batch * t.stride_batch +
+        int64_t(r.first_row + row) * t.stride_token + head * t.stride_head + col);
   };
   if constexpr (kDqFloats > 0) {
     float4* const dq = reinterpret_cast<float4*>(p.work.dq) + row_block * (kDqFloats / 4);
@@ -104,7 +112,8 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_prepare(const __grid_const
       dq[i * kAroundThreads + thread] = make_float4(0.f, 0.f, 0.f, 0.f);
   }
   const float* const lse = p.lse + r.lse_row + head * r.lse_head_stride;
-  const float* const dlse = p.dlse == nullptr ? nullptr : p.dlse + r.lse_row + head * r.lse_head_stride;
+  const float* const dlse =
+      p.dlse == nullptr ? nullptr : p.dlse + r.lse_row + head * r.lse_head_stride;
   const float sink = p.sink == nullptr ? 0.f : __ldg(p.sink + head);
   float sink_sum = 0.f;
 #pragma unroll
@@ -115,7 +124,8 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_prepare(const __grid_const
       const int row = row0 + (first + i) * kRowsAtOnce;
       o[i] = d[i] = make_uint4(0, 0, 0, 0);
       if (r.row + row < r.seqlen && has_col) {
-        o[i] = __ldcs(address(p.out, row));  // nobody reads O again; dO comes back in the main kernel
+        o[i] =
+            __ldcs(address(p.out, row));  // nobody reads O again; dO comes back in the main kernel
         d[i] = __ldg(address(p.dout, row));
       }
     }
@@ -124,9 +134,11 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_prepare(const __grid_const
       const int row = row0 + (first + i) * kRowsAtOnce;
       float delta = dot8<Elem>(o[i], d[i]);
 #pragma unroll
-      for (int step = kLanes / 2; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
+      for (int step = kLanes / 2; step > 0; step /= 2)
+        delta += __shfl_xor_sync(0xffffffffu, delta, step);
       if (lane != 0) continue;
-      // A row without keys has LSE = -inf, P = 0 and no gradient; rows past the end are made to look like one.
+      // A row without keys has LSE = -inf, P = 0 and no gradient; rows past the end are made to
+      // look like one.
       const bool exists = r.row + row < r.seqlen;
       const float l = exists ? lse[row] : -INFINITY;
       const bool live = l != -INFINITY;
@@ -140,7 +152,8 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_prepare(const __grid_const
   if (p.sink != nullptr) {  // fixed order: lanes, then warps
     __shared__ float parts[kAroundThreads / 32];
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) sink_sum += __shfl_xor_sync(0xffffffffu, sink_sum, step);
+    for (int step = 16; step > 0; step /= 2)
+      sink_sum += __shfl_xor_sync(0xffffffffu, sink_sum, step);
     if (thread % 32 == 0) parts[thread / 32] = sink_sum;
     __syncthreads();
     if (thread == 0) {
@@ -151,9 +164,11 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_prepare(const __grid_const
   }
 }
 
-// dsink[head] = -sum of its parts over all row blocks that exist, in a fixed order. A thread block per head.
+// dsink[head] = -sum of its parts over all row blocks that exist, in a fixed order. A thread block
+// per head.
 template <int BLOCK_M>
-__global__ void __launch_bounds__(kAroundThreads) bwd_finish_sink(const __grid_constant__ BwdAroundParams p) {
+__global__ void __launch_bounds__(kAroundThreads)
+    bwd_finish_sink(const __grid_constant__ BwdAroundParams p) {
   const int head = blockIdx.x, thread = threadIdx.x;
   grid_dependency_wait();
   float sum = 0.f;
@@ -175,11 +190,12 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_finish_sink(const __grid_c
   }
 }
 
-// dQ from fragment order (see bwd_fused: [warpgroup][vector i][thread]) to rows, times the softmax scale: rounded,
-// or added to FP32. A thread block per row block; BLOCK_M * kHeadDim floats. 32 columns at a time: few registers, so
-// that many thread blocks keep the memory busy.
+// dQ from fragment order (see bwd_fused: [warpgroup][vector i][thread]) to rows, times the softmax
+// scale: rounded, or added to FP32. A thread block per row block; BLOCK_M * kHeadDim floats. 32
+// columns at a time: few registers, so that many thread blocks keep the memory busy.
 template <class Elem, int BLOCK_M, int kHeadDim>
-__global__ void __launch_bounds__(kAroundThreads, 6) bwd_finish_dq(const __grid_constant__ BwdAroundParams p) {
+__global__ void __launch_bounds__(kAroundThreads, 6)
+    bwd_finish_dq(const __grid_constant__ BwdAroundParams p) {
   constexpr int kVectorBytes = 128 * 16, kPieceFloats = 64 * 64, kColumns = 32;
   const int head = blockIdx.y, b = blockIdx.z;
   const int piece = threadIdx.x / 128, thread = threadIdx.x % 128;
@@ -188,12 +204,14 @@ __global__ void __launch_bounds__(kAroundThreads, 6) bwd_finish_dq(const __grid_
   if (!find_row_block<BLOCK_M>(p.shape, p.total_q, blockIdx.x, b, &r)) return;
   constexpr bool kSplitRows = kHeadDim == 64;
   const int64_t row_block = int64_t(head) * p.shape.row_blocks + r.index;
-  const float4* const src = reinterpret_cast<const float4*>(p.work.dq + row_block * (BLOCK_M * kHeadDim)
-                                                            + piece * kPieceFloats) + thread;
+  const float4* const src =
+      reinterpret_cast<const float4*>(p.work.dq + row_block * (BLOCK_M * kHeadDim) +
+                                      piece * kPieceFloats) +
+      thread;
   const int row0 = kSplitRows ? 64 * piece : 0, col0 = kSplitRows ? 0 : 64 * piece;
   const int rows = r.seqlen - r.row - row0, cols = p.shape.head_dim_qk - col0;
-  const int64_t at = r.batch * p.dq.stride_batch + head * p.dq.stride_head + col0
-                     + int64_t(r.first_row + row0) * p.dq.stride_token;
+  const int64_t at = r.batch * p.dq.stride_batch + head * p.dq.stride_head + col0 +
+                     int64_t(r.first_row + row0) * p.dq.stride_token;
   const float scale = p.shape.softmax_scale;
 #pragma unroll
   for (int first = 0; first < 64; first += kColumns) {
@@ -205,17 +223,19 @@ __global__ void __launch_bounds__(kAroundThreads, 6) bwd_finish_dq(const __grid_
       acc[4 * i] = f.x, acc[4 * i + 1] = f.y, acc[4 * i + 2] = f.z, acc[4 * i + 3] = f.w;
     }
     if (p.dq_fp32)
-      add_rows<kColumns>(acc, scale, static_cast<float*>(p.dq.ptr) + at + first, p.dq.stride_token, rows, cols - first);
+      add_rows<kColumns>(acc, scale, static_cast<float*>(p.dq.ptr) + at + first, p.dq.stride_token,
+                         rows, cols - first);
     else
-      store_rows<Elem, kColumns>(acc, scale, static_cast<Elem*>(p.dq.ptr) + at + first, p.dq.stride_token, rows,
-                                 cols - first);
+      store_rows<Elem, kColumns>(acc, scale, static_cast<Elem*>(p.dq.ptr) + at + first,
+                                 p.dq.stride_token, rows, cols - first);
   }
 }
 
-// dK and dV of whole groups from the partial sums of their shares, added in order: rounded once, or added to FP32.
-// A thread takes 8 columns of one row and head.
+// dK and dV of whole groups from the partial sums of their shares, added in order: rounded once, or
+// added to FP32. A thread takes 8 columns of one row and head.
 template <class Elem>
-__global__ void __launch_bounds__(kAroundThreads) bwd_sum_dkv(const __grid_constant__ BwdAroundParams p) {
+__global__ void __launch_bounds__(kAroundThreads)
+    bwd_sum_dkv(const __grid_constant__ BwdAroundParams p) {
   grid_dependency_wait();
   const bool is_v = blockIdx.y == 1;
   const int head_dim = is_v ? p.shape.head_dim_v : p.shape.head_dim_qk;
@@ -245,7 +265,8 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_sum_dkv(const __grid_const
       a.x += u.x, a.y += u.y, a.z += u.z, a.w += u.w;
       c.x += v.x, c.y += v.y, c.z += v.z, c.w += v.w;
     }
-    const int64_t at = batch * dst.stride_batch + in_sequence * dst.stride_token + head * dst.stride_head + col;
+    const int64_t at =
+        batch * dst.stride_batch + in_sequence * dst.stride_token + head * dst.stride_head + col;
     if (p.dkv_fp32) {
       float4* const out = reinterpret_cast<float4*>(static_cast<float*>(dst.ptr) + at);
       const float4 u = out[0], v = out[1];
@@ -253,7 +274,8 @@ __global__ void __launch_bounds__(kAroundThreads) bwd_sum_dkv(const __grid_const
       out[1] = make_float4(v.x + c.x, v.y + c.y, v.z + c.z, v.w + c.w);
     } else {
       *reinterpret_cast<uint4*>(static_cast<Elem*>(dst.ptr) + at) =
-          make_uint4(pack2<Elem>(a.x, a.y), pack2<Elem>(a.z, a.w), pack2<Elem>(c.x, c.y), pack2<Elem>(c.z, c.w));
+          make_uint4(pack2<Elem>(a.x, a.y), pack2<Elem>(a.z, a.w), pack2<Elem>(c.x, c.y),
+                     pack2<Elem>(c.z, c.w));
     }
   }
 }

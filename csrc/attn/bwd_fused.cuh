@@ -1,18 +1,20 @@
-// Backward in one pass over the scores: head dims up to 128, bf16 and fp16 (FlashAttention-2, algorithm 2, with
-// the warp specialisation of FlashAttention-3, section 3.1; kernel design and numbers in docs/backward.md).
+// Backward in one pass over the scores: head dims up to 128, bf16 and fp16 (FlashAttention-2,
+// algorithm 2, with the warp specialisation of FlashAttention-3, section 3.1; kernel design and
+// numbers in docs/backward.md).
 //
 //   S = Q K^T, P = exp2(S c - LSE log2e), dP = dO V^T, dS = P o (dP - delta)
 //   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
 //
-// A thread block takes tiles of 128 keys from a queue. K and V stay in shared memory, dK and dV in registers, and
-// the query blocks of all query heads of the tile stream by. S and dP are computed transposed (64 keys of one
-// warpgroup x block of queries), because their accumulators then already are the A operands of dV += P^T dO and
-// dK += dS^T Q; only dS goes through shared memory, for dQ. dQ is summed over key tiles in global FP32 memory in
-// fragment order, by bulk reductions from shared memory; bwd_finish_dq sorts and rounds it.
+// A thread block takes tiles of 128 keys from a queue. K and V stay in shared memory, dK and dV in
+// registers, and the query blocks of all query heads of the tile stream by. S and dP are computed
+// transposed (64 keys of one warpgroup x block of queries), because their accumulators then already
+// are the A operands of dV += P^T dO and dK += dS^T Q; only dS goes through shared memory, for dQ.
+// dQ is summed over key tiles in global FP32 memory in fragment order, by bulk reductions from
+// shared memory; bwd_finish_dq sorts and rounds it.
 //
-// Warpgroup 0: warp 0 draws tiles, loads K, Q, LSE; warp 1 sends dQ; warp 2 loads V, dO, delta; warp 3 idles.
-// Warpgroups 1 and 2: math, 64 keys each. All rings run on from tile to tile, so that the next tile's loads
-// are under way during the last steps and the epilogue of this one.
+// Warpgroup 0: warp 0 draws tiles, loads K, Q, LSE; warp 1 sends dQ; warp 2 loads V, dO, delta;
+// warp 3 idles. Warpgroups 1 and 2: math, 64 keys each. All rings run on from tile to tile, so that
+// the next tile's loads are under way during the last steps and the epilogue of this one.
 #pragma once
 #include "attn/bwd_tile.cuh"
 #include "tile/pipeline.cuh"
@@ -25,8 +27,9 @@ struct BwdFusedTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kRightBound = kMode >= kBwdCausal, kLeftBound = kMode >= kBwdWindow;
   static constexpr bool kPacked = kMode >= kBwdPacked, kSoftcap = kMode == kBwdSoftcap;
-  // Scores are computed 64 queries at a time: S, dP and their packed copies are 96 registers beside dK and dV. At
-  // head dim 64 a step takes two such halves, so that dQ has 64 rows for each warpgroup.
+  // Scores are computed 64 queries at a time: S, dP and their packed copies are 96 registers beside
+  // dK and dV. At head dim 64 a step takes two such halves, so that dQ has 64 rows for each
+  // warpgroup.
   static constexpr int kHalves = kHeadDim == 64 ? 2 : 1;
   static constexpr int BLOCK_M = 64 * kHalves, BLOCK_N = 128;
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
@@ -35,8 +38,9 @@ struct BwdFusedTraits {
   static constexpr int kStagesQ = 3, kStagesDO = 2, kStagesDS = 2;
   static constexpr int kSlabs = ceil_div(kHeadDim, kSlabCols);
   static constexpr int kScoreRegs = 32, kGradRegs = kHeadDim / 2;
-  // dQ of a step is 64 x 64 per warpgroup: rows 64 g at head dim 64, else columns 64 g. At head dim 96 the
-  // second half has 32 columns; it is computed in full (K's slab is padded with zeros) and sent in part.
+  // dQ of a step is 64 x 64 per warpgroup: rows 64 g at head dim 64, else columns 64 g. At head dim
+  // 96 the second half has 32 columns; it is computed in full (K's slab is padded with zeros) and
+  // sent in part.
   static constexpr bool kSplitDqRows = kHalves == 2;
   static constexpr int kDqRegs = 32, kDqBytes = 64 * 64 * 4;
   static constexpr int kDqBlockFloats = BLOCK_M * kHeadDim;
@@ -72,12 +76,13 @@ struct BwdFusedTraits {
 
 // Named barriers of the math warpgroups (0 is __syncthreads).
 enum BwdBarrier : int {
-  kBarDsWritten = 1,   // both halves of dS are in shared memory
+  kBarDsWritten = 1,    // both halves of dS are in shared memory
   kBarRowsCleared = 2,  // rows past the end of a packed sequence are zero
 };
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constant__ BwdKernelParams p) {
+__global__ void __launch_bounds__(T::kThreads, 1)
+    bwd_fused(const __grid_constant__ BwdKernelParams p) {
   using Elem = typename T::Elem;
   using Plan = typename T::SharedPlan;
   constexpr int BLOCK_M = T::BLOCK_M, BLOCK_N = T::BLOCK_N;
@@ -103,24 +108,27 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
   __syncthreads();
   if (threadIdx.x == 0) grid_launch_dependents();
 
-  // ---------------------------------------------------------------------------------------- loads, sends
+  // ---------------------------------------------------------------------------------- loads, sends
   if (warpgroup == 0) {
     registers_release<T::kRegsProducer>();
-    const auto load_tile = [&](uint8_t* dst, const CUtensorMap& map, uint64_t& full, int rows, int row, int head,
-                               int batch, uint64_t policy) {
+    const auto load_tile = [&](uint8_t* dst, const CUtensorMap& map, uint64_t& full, int rows,
+                               int row, int head, int batch, uint64_t policy) {
 #pragma unroll
       for (int c = 0; c < T::kSlabs; ++c)
-        tma_load_4d(smem_addr(dst) + c * rows * kSlabBytes, &map, bar(full), policy, c * kSlabCols, row, head, batch);
+        tma_load_4d(smem_addr(dst) + c * rows * kSlabBytes, &map, bar(full), policy, c * kSlabCols,
+                    row, head, batch);
     };
     if (warp == 0 && elect_one()) {
       Ring<T::kStagesQ> q_ring;
       Ring<2> tiles;
       uint32_t key_phase = 0;
-      bool prepared = false;  // bwd_prepare has ended: its outputs, and the tile counter, may be read
+      bool prepared =
+          false;  // bwd_prepare has ended: its outputs, and the tile counter, may be read
       const auto await_prepare = [&] {
         if (!prepared) grid_dependency_wait(), prepared = true;
       };
-      // The first tile needs no draw; when tiles wait for one another it must not be taken before it can run.
+      // The first tile needs no draw; when tiles wait for one another it must not be taken before
+      // it can run.
       int next = blockIdx.x, drawn_from = gridDim.x;
       if (p.deterministic) {
         await_prepare();
@@ -141,8 +149,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           const int i = q_ring.stage;
           mbar_wait(bar(plan.q_empty[i]), q_ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.q_full[i]), T::kQueryTileBytes + BLOCK_M * 4);
-          load_tile(plan.q[i], p.q, plan.q_full[i], BLOCK_M, query_row + walk.m * BLOCK_M, walk.head, batch,
-                    kL2EvictLast);
+          load_tile(plan.q[i], p.q, plan.q_full[i], BLOCK_M, query_row + walk.m * BLOCK_M,
+                    walk.head, batch, kL2EvictLast);
           await_prepare();
           bulk_load(smem_addr(plan.neg_lse[i]), p.work.neg_lse + int64_t(walk.row_block) * BLOCK_M,
                     BLOCK_M * 4, bar(plan.q_full[i]));
@@ -151,8 +159,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
             mbar_wait(bar(plan.k_empty), key_phase ^ 1);
             key_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.k_full), T::kKeyTileBytes);
-            load_tile(plan.k, p.k, plan.k_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k, t.batch,
-                      kL2EvictNormal);
+            load_tile(plan.k, p.k, plan.k_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N,
+                      t.head_k, t.batch, kL2EvictNormal);
           }
         }
         await_prepare();
@@ -174,18 +182,19 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           const int i = do_ring.stage;
           mbar_wait(bar(plan.do_empty[i]), do_ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.do_full[i]), T::kQueryTileBytes + BLOCK_M * 4);
-          load_tile(plan.dout[i], p.dout, plan.do_full[i], BLOCK_M, query_row + walk.m * BLOCK_M, walk.head,
-                    batch, kL2EvictLast);
+          load_tile(plan.dout[i], p.dout, plan.do_full[i], BLOCK_M, query_row + walk.m * BLOCK_M,
+                    walk.head, batch, kL2EvictLast);
           if (!prepared) grid_dependency_wait(), prepared = true;
-          bulk_load(smem_addr(plan.neg_delta[i]), p.work.neg_delta + int64_t(walk.row_block) * BLOCK_M,
-                    BLOCK_M * 4, bar(plan.do_full[i]));
+          bulk_load(smem_addr(plan.neg_delta[i]),
+                    p.work.neg_delta + int64_t(walk.row_block) * BLOCK_M, BLOCK_M * 4,
+                    bar(plan.do_full[i]));
           if (first) {
             first = false;
             mbar_wait(bar(plan.v_empty), key_phase ^ 1);
             key_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.v_full), T::kKeyTileBytes);
-            load_tile(plan.v, p.v, plan.v_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k, t.batch,
-                      kL2EvictNormal);
+            load_tile(plan.v, p.v, plan.v_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N,
+                      t.head_k, t.batch, kL2EvictNormal);
           }
         }
         mbar_arrive(bar(plan.tile_empty[tiles.stage]));
@@ -210,11 +219,13 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
               const Mask mask{t.seqlen_k - t.seqlen_q, p.shape.window_left, p.shape.window_right};
               const BlockRange keys =
                   key_blocks({BLOCK_M, BLOCK_N}, mask, walk.m, ceil_div(t.seqlen_k, BLOCK_N));
-              await_turn(p.work.dq_order + row_block,
-                         p.order.descending ? keys.end - 1 - t.key_block : t.key_block - keys.begin);
+              await_turn(p.work.dq_order + row_block, p.order.descending
+                                                          ? keys.end - 1 - t.key_block
+                                                          : t.key_block - keys.begin);
               fence_proxy_async_global();  // the sums before us were made by their async proxy
             }
-            bulk_reduce_add_f32(dst + g * (T::kDqBytes / 4), smem_addr(plan.dq[g]), T::dq_bytes(g), kL2EvictLast);
+            bulk_reduce_add_f32(dst + g * (T::kDqBytes / 4), smem_addr(plan.dq[g]), T::dq_bytes(g),
+                                kL2EvictLast);
             bulk_commit();
           }
           dq_phase ^= 1;
@@ -234,7 +245,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
             for (int g = 0; g < T::kConsumers; ++g) {
               mbar_wait(bar(plan.dq_full[g]), dq_phase);
               for (int c = 0; c < T::kSlabs; ++c)
-                tma_store_4d(i == 0 ? &p.dv_map : &p.dk_map, smem_addr(plan.dq[g]) + c * 64 * kSlabBytes, c * kSlabCols,
+                tma_store_4d(i == 0 ? &p.dv_map : &p.dk_map,
+                             smem_addr(plan.dq[g]) + c * 64 * kSlabBytes, c * kSlabCols,
                              t.key_row + t.key_block * BLOCK_N + g * 64, t.head_k, t.batch);
               bulk_commit();
             }
@@ -260,14 +272,18 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
   float dk[T::kGradRegs], dv[T::kGradRegs];
 
   constexpr uint64_t kFormK = descriptor_form<128>(16);  // K-major
-  constexpr uint64_t kFormQueryT = descriptor_form<128>(BLOCK_M * kSlabBytes), kFormKeyT = descriptor_form<128>(BLOCK_N * kSlabBytes);
+  constexpr uint64_t kFormQueryT = descriptor_form<128>(BLOCK_M * kSlabBytes),
+                     kFormKeyT = descriptor_form<128>(BLOCK_N * kSlabBytes);
   const uint64_t k_rows = descriptor_at(kFormK, smem_addr(plan.k) + g * 64 * kSlabBytes);
   const uint64_t v_rows = descriptor_at(kFormK, smem_addr(plan.v) + g * 64 * kSlabBytes);
-  const uint64_t q_tile = descriptor_at(kFormK, smem_addr(plan.q)), do_tile = descriptor_at(kFormK, smem_addr(plan.dout));
+  const uint64_t q_tile = descriptor_at(kFormK, smem_addr(plan.q)),
+                 do_tile = descriptor_at(kFormK, smem_addr(plan.dout));
   const uint64_t q_cols = descriptor_at(kFormQueryT, smem_addr(plan.q));
   const uint64_t do_cols = descriptor_at(kFormQueryT, smem_addr(plan.dout));
-  const uint64_t ds_rows = descriptor_at(kFormK, smem_addr(plan.ds) + (T::kSplitDqRows ? g * 64 * kSlabBytes : 0));
-  const uint64_t k_cols = descriptor_at(kFormKeyT, smem_addr(plan.k) + (T::kSplitDqRows ? 0 : g * BLOCK_N * kSlabBytes));
+  const uint64_t ds_rows =
+      descriptor_at(kFormK, smem_addr(plan.ds) + (T::kSplitDqRows ? g * 64 * kSlabBytes : 0));
+  const uint64_t k_cols = descriptor_at(
+      kFormKeyT, smem_addr(plan.k) + (T::kSplitDqRows ? 0 : g * BLOCK_N * kSlabBytes));
 
   // x += A B^T over the head dim: S^T = K Q^T, dP^T = V dO^T.
   const auto mma_scores = [&](float (&x)[T::kScoreRegs], uint64_t a, uint64_t b) {
@@ -280,12 +296,13 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     wgmma_commit();
   };
   // x += A B over 64 queries: dV = P^T dO, dK = dS^T Q.
-  const auto mma_grad = [&](float (&x)[T::kGradRegs], const uint32_t (&a)[T::kScoreRegs / 2], uint64_t b) {
+  const auto mma_grad = [&](float (&x)[T::kGradRegs], const uint32_t (&a)[T::kScoreRegs / 2],
+                            uint64_t b) {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      Wgmma<Elem, T::kHeadDim>::template rs<1>(x, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
-                                              descriptor_step(b, k * kStepMNMajor));
+      Wgmma<Elem, T::kHeadDim>::template rs<1>(x, a[4 * k], a[4 * k + 1], a[4 * k + 2],
+                                               a[4 * k + 3], descriptor_step(b, k * kStepMNMajor));
     wgmma_commit();
   };
   // This warpgroup's half of dQ = dS K over the keys of the tile.
@@ -293,38 +310,44 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < BLOCK_N / 16; ++k) {
-      const uint64_t ds_step = descriptor_step(a, k / 4 * BLOCK_M * kSlabBytes + k % 4 * kStepKMajor);
+      const uint64_t ds_step =
+          descriptor_step(a, k / 4 * BLOCK_M * kSlabBytes + k % 4 * kStepKMajor);
       const uint64_t k_step = descriptor_step(k_cols, k * kStepMNMajor);
-      if (k == 0) Wgmma<Elem, 64>::template ss_zero<0, 1>(x, ds_step, k_step);
-      else Wgmma<Elem, 64>::template ss<0, 1>(x, ds_step, k_step);
+      if (k == 0)
+        Wgmma<Elem, 64>::template ss_zero<0, 1>(x, ds_step, k_step);
+      else
+        Wgmma<Elem, 64>::template ss<0, 1>(x, ds_step, k_step);
     }
     wgmma_commit();
   };
 
-  // dS^T fragments (16 queries a time) to the K-major [query][key] tile. 8 x 8 matrix i of the four: queries
-  // 8 (i / 2) .. + 7, keys 8 (i % 2) .. + 7 of this warp's 16; .trans turns rows (keys) into columns.
+  // dS^T fragments (16 queries a time) to the K-major [query][key] tile. 8 x 8 matrix i of the
+  // four: queries 8 (i / 2) .. + 7, keys 8 (i % 2) .. + 7 of this warp's 16; .trans turns rows
+  // (keys) into columns.
   const int warp16 = thread / 32;
-  const uint32_t ds_lane = smem_addr(plan.ds) + g * BLOCK_M * kSlabBytes
-                           + (8 * (lane >> 4) + (lane & 7)) * kSlabBytes
-                           + (((2 * warp16 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
+  const uint32_t ds_lane = smem_addr(plan.ds) + g * BLOCK_M * kSlabBytes +
+                           (8 * (lane >> 4) + (lane & 7)) * kSlabBytes +
+                           (((2 * warp16 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
   const auto store_ds = [&](const uint32_t (&a)[T::kScoreRegs / 2], int stage, int half) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      stmatrix_x4_trans(ds_lane + stage * T::kDsBytes + (4 * half + k) * 16 * kSlabBytes, a[4 * k], a[4 * k + 1], a[4 * k + 2],
-                        a[4 * k + 3]);
+      stmatrix_x4_trans(ds_lane + stage * T::kDsBytes + (4 * half + k) * 16 * kSlabBytes, a[4 * k],
+                        a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]);
   };
   uint32_t dq_phase = 1;
   const auto await_dq_buffer = [&] {
     mbar_wait(bar(plan.dq_empty[g]), dq_phase);
     dq_phase ^= 1;
   };
-  const auto store_dq = [&](const float (&x)[T::kDqRegs]) {  // vector i of all threads, then i + 1: no conflicts
-    constexpr int kVectors = T::kDqRegs / 4;
+  const auto store_dq =
+      [&](const float (&x)[T::kDqRegs]) {  // vector i of all threads, then i + 1: no conflicts
+        constexpr int kVectors = T::kDqRegs / 4;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i)
-      if (T::kHeadDim % 64 == 0 || g == 0 || i < T::dq_bytes(1) / 2048)
-        sts_float4(smem_addr(plan.dq[g]) + thread * 16 + i * 2048, x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
-  };
+        for (int i = 0; i < kVectors; ++i)
+          if (T::kHeadDim % 64 == 0 || g == 0 || i < T::dq_bytes(1) / 2048)
+            sts_float4(smem_addr(plan.dq[g]) + thread * 16 + i * 2048, x[4 * i], x[4 * i + 1],
+                       x[4 * i + 2], x[4 * i + 3]);
+      };
   const auto arrive = [&](const uint64_t& b) {
     __syncwarp();
     if (lane == 0) mbar_arrive(bar(b));
@@ -334,11 +357,14 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     arrive(plan.dq_full[g]);
   };
 
-  // Scores start at -LSE / scale and dP at -delta, which saves their subtraction; with softcap tanh comes between.
-  constexpr int kHalfTile = 64 * kSlabBytes, kHalfRows = 64 * 4;  // bytes from one half to the next: tiles, statistics
+  // Scores start at -LSE / scale and dP at -delta, which saves their subtraction; with softcap tanh
+  // comes between.
+  constexpr int kHalfTile = 64 * kSlabBytes,
+                kHalfRows = 64 * 4;  // bytes from one half to the next: tiles, statistics
   using Columns = float4[T::kScoreRegs / 8];
   const auto load_lse = [&](Columns& columns, int stage, int half) {
-    if constexpr (!T::kSoftcap) load_columns<T::kScoreRegs>(columns, smem_addr(plan.neg_lse[stage]) + half * kHalfRows);
+    if constexpr (!T::kSoftcap)
+      load_columns<T::kScoreRegs>(columns, smem_addr(plan.neg_lse[stage]) + half * kHalfRows);
   };
   const auto load_delta = [&](Columns& columns, int stage, int half) {
     load_columns<T::kScoreRegs>(columns, smem_addr(plan.neg_delta[stage]) + half * kHalfRows);
@@ -353,14 +379,17 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
   };
   // Finite with softcap, where 1 - x^2 must stay finite too; far enough for exp2 to give 0.
   constexpr float kHidden = T::kSoftcap ? -1e18f : -INFINITY;
-  // Scores to P, or with softcap to x = tanh(score / cap), from which P and the derivative both follow later.
-  const auto softmax = [&](float (&s)[T::kScoreRegs], int shift, int key0, int seqlen_k, int m, int half) {
+  // Scores to P, or with softcap to x = tanh(score / cap), from which P and the derivative both
+  // follow later.
+  const auto softmax = [&](float (&s)[T::kScoreRegs], int shift, int key0, int seqlen_k, int m,
+                           int half) {
     const Mask mask{shift, p.shape.window_left, p.shape.window_right};
     if constexpr (T::kSoftcap) {
 #pragma unroll
       for (int i = 0; i < T::kScoreRegs; ++i) s[i] = tanh_approx(s[i] * p.shape.softcap_input);
     }
-    mask_transposed<64, T::kRightBound, T::kLeftBound>(s, kHidden, mask, key0, seqlen_k, T::kHalves * m + half);
+    mask_transposed<64, T::kRightBound, T::kLeftBound>(s, kHidden, mask, key0, seqlen_k,
+                                                       T::kHalves * m + half);
     if constexpr (!T::kSoftcap) {
 #pragma unroll
       for (int i = 0; i < T::kScoreRegs; ++i) s[i] = exp2_approx(s[i] * p.shape.scale_log2);
@@ -368,8 +397,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
   };
   // dP - delta to dS, and with softcap x to P; both packed.
   const auto softmax_backward = [&](float (&s)[T::kScoreRegs], float (&dp)[T::kScoreRegs],
-                                    uint32_t (&p16)[T::kScoreRegs / 2], uint32_t (&ds16)[T::kScoreRegs / 2],
-                                    int q_stage, int half) {
+                                    uint32_t (&p16)[T::kScoreRegs / 2],
+                                    uint32_t (&ds16)[T::kScoreRegs / 2], int q_stage, int half) {
     if constexpr (T::kSoftcap) {
 #pragma unroll
       for (int k = 0; k < T::kScoreRegs / 8; ++k) {
@@ -407,7 +436,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     // Through a shuffle the compiler knows these to be uniform, and their loops not to diverge.
     const int key_block = uniform(t.key_block);
     if (key_block < 0) break;
-    const int steps = uniform(t.steps), query_begin = uniform(t.query_begin), query_end = uniform(t.query_end);
+    const int steps = uniform(t.steps), query_begin = uniform(t.query_begin),
+              query_end = uniform(t.query_end);
     const int seqlen_q = uniform(t.seqlen_q), seqlen_k = uniform(t.seqlen_k);
     const int shift = seqlen_k - seqlen_q, key0 = key_block * BLOCK_N + g * 64;
 #pragma unroll
@@ -417,7 +447,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
     constexpr bool kPacked = T::kPacked;
     const auto clear_query_rows = [&](int m) {
       if (!kPacked) return;
-      const int rows = (T::kSoftcap ? uniform(t.seqlen_q) : seqlen_q) - m * BLOCK_M;  // softcap: registers are short
+      const int rows = (T::kSoftcap ? uniform(t.seqlen_q) : seqlen_q) -
+                       m * BLOCK_M;  // softcap: registers are short
       if (rows >= BLOCK_M) return;
       clear_rows<256>(smem_addr(plan.q[q_ring.stage]), T::kSlabs, BLOCK_M, rows);
       clear_rows<256>(smem_addr(plan.dout[do_ring.stage()]), T::kSlabs, BLOCK_M, rows);
@@ -442,10 +473,13 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       }
       clear_query_rows(m);
       const auto issue_s = [&](int half) {
-        mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes + half * kHalfTile));
+        mma_scores(s, k_rows,
+                   descriptor_step(q_tile, q_ring.stage * T::kQueryTileBytes + half * kHalfTile));
       };
       const auto issue_dp = [&](int half) {
-        mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage() * T::kQueryTileBytes + half * kHalfTile));
+        mma_scores(
+            dp, v_rows,
+            descriptor_step(do_tile, do_ring.stage() * T::kQueryTileBytes + half * kHalfTile));
       };
       // With softcap registers are short: lengths come from the tile again.
       const auto to_probabilities = [&](int half) {
@@ -479,9 +513,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       to_probabilities(0);
       pin(s);
 
-      // One step. On entry: P of its (first half) block in s, dP on its way. Before leaving it queues S and dP of the
-      // next block behind its own dK, so that the tensor cores never see the softmax. What is read from shared memory
-      // is read before S and dP are issued: such reads queue behind wgmma that have shared-memory operands.
+      // One step. On entry: P of its (first half) block in s, dP on its way. Before leaving it
+      // queues S and dP of the next block behind its own dK, so that the tensor cores never see the
+      // softmax. What is read from shared memory is read before S and dP are issued: such reads
+      // queue behind wgmma that have shared-memory operands.
       const auto step = [&](auto is_last) {
         constexpr bool kLast = decltype(is_last)::value;
         const int q_stage = q_ring.stage, do_stage = do_ring.stage();
@@ -516,19 +551,24 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
           start_scores(s, lse_columns), pin(s);
           issue_s(0);
           issue_dp(0);
-          send_dq();  // its proxy fence takes a while: under the MMAs
+          send_dq();                // its proxy fence takes a while: under the MMAs
           wgmma_wait<1>(), pin(s);  // dK and S
           arrive(plan.q_empty[q_stage]);
           to_probabilities(0);
           pin(s);
         }
       };
-      // Two halves make a step at head dim 64. S of the next half goes first, and its softmax runs under this half's dK
-      // and the next dP; dQ of the whole block runs under the next half's work and is sent after that. An iteration
-      // is the second half of a block and the first of the next: no dQ in flight at its ends (ptxas would serialize).
+      // Two halves make a step at head dim 64. S of the next half goes first, and its softmax runs
+      // under this half's dK and the next dP; dQ of the whole block runs under the next half's work
+      // and is sent after that. An iteration is the second half of a block and the first of the
+      // next: no dQ in flight at its ends (ptxas would serialize).
       const auto issue_half = [&](int half) {
-        mma_grad(dv, p16, descriptor_step(do_cols, do_ring.stage() * T::kQueryTileBytes + half * 4 * kStepMNMajor));
-        mma_grad(dk, ds16, descriptor_step(q_cols, q_ring.stage * T::kQueryTileBytes + half * 4 * kStepMNMajor));
+        mma_grad(dv, p16,
+                 descriptor_step(do_cols,
+                                 do_ring.stage() * T::kQueryTileBytes + half * 4 * kStepMNMajor));
+        mma_grad(
+            dk, ds16,
+            descriptor_step(q_cols, q_ring.stage * T::kQueryTileBytes + half * 4 * kStepMNMajor));
       };
       const auto to_ds = [&](int q_stage, int half) {
         softmax_backward(s, dp, p16, ds16, q_stage, half);
@@ -539,7 +579,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         store_dq(dq);
         send_dq();
       };
-      // On entry: P of the first half in s, its dP done, dQ of the block before in flight (but for the first block).
+      // On entry: P of the first half in s, its dP done, dQ of the block before in flight (but for
+      // the first block).
       const auto first_half = [&](auto sends) {
         load_lse(lse_columns, q_ring.stage, 1);
         load_delta(delta_columns, do_ring.stage(), 1);
@@ -560,8 +601,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
         constexpr bool kLast = decltype(is_last)::value;
         const int q_stage = q_ring.stage, do_stage = do_ring.stage();
         if constexpr (kLast) arrive(plan.v_empty);
-        const uint64_t do_half = descriptor_step(do_cols, do_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
-        const uint64_t q_half = descriptor_step(q_cols, q_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
+        const uint64_t do_half =
+            descriptor_step(do_cols, do_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
+        const uint64_t q_half =
+            descriptor_step(q_cols, q_stage * T::kQueryTileBytes + 4 * kStepMNMajor);
         next_block();
         if constexpr (!kLast) {
           await_block();
@@ -625,9 +668,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_fused(const __grid_constan
       continue;
     }
     const int keys = seqlen_k - key0;
-    emit_gradient<Elem, T::kHeadDim>(dv, 1.f, p.dv, p.dv_share, p.emit_dkv, t, key0, keys, p.shape.head_dim_v);
-    emit_gradient<Elem, T::kHeadDim>(dk, p.shape.softmax_scale, p.dk, p.dk_share, p.emit_dkv, t, key0, keys,
-                                     p.shape.head_dim_qk);
+    emit_gradient<Elem, T::kHeadDim>(dv, 1.f, p.dv, p.dv_share, p.emit_dkv, t, key0, keys,
+                                     p.shape.head_dim_v);
+    emit_gradient<Elem, T::kHeadDim>(dk, p.shape.softmax_scale, p.dk, p.dk_share, p.emit_dkv, t,
+                                     key0, keys, p.shape.head_dim_qk);
     arrive(plan.tile_empty[tiles.stage()]);
     tiles.advance();
   }

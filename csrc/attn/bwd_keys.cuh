@@ -1,12 +1,14 @@
 // First of the two passes of the backward for head dims above 128: dK and dV.
 //
-// dK and dV of 64 keys fill the registers of one warpgroup each at head dim 256, so the work divides by gradient:
+// dK and dV of 64 keys fill the registers of one warpgroup each at head dim 256, so the work
+// divides by gradient:
 //   warpgroup 1 (values):  S^T = K Q^T, P^T = exp2(S^T c - LSE log2e), dV += P^T dO; passes P on
 //   warpgroup 2 (keys):    dP^T = V dO^T, dS^T = P^T o (dP^T - delta), dK += dS^T Q
-// Both tiles have the same fragment layout, so that thread t passes its P to thread t, packed, in register order:
-// no transposition, no bank conflict. P and dS are A operands from registers. dQ is the other pass
-// (bwd_queries.cuh): computing S and dP twice is 7 matrix products instead of 5, and in exchange nothing is summed
-// in global memory, dQ needs no accumulator, and all gradients are the same bits every time.
+// Both tiles have the same fragment layout, so that thread t passes its P to thread t, packed, in
+// register order: no transposition, no bank conflict. P and dS are A operands from registers. dQ is
+// the other pass (bwd_queries.cuh): computing S and dP twice is 7 matrix products instead of 5, and
+// in exchange nothing is summed in global memory, dQ needs no accumulator, and all gradients are
+// the same bits every time.
 //
 // Warpgroup 0: warp 0 draws tiles, loads K, Q, LSE; warp 2 loads V, dO, delta.
 #pragma once
@@ -21,15 +23,17 @@ struct BwdKeysTraits {
   static constexpr int kDimQK = kDimQK_, kDimV = kDimV_;
   static constexpr bool kRightBound = kMode >= kBwdCausal, kLeftBound = kMode >= kBwdWindow;
   static constexpr bool kPacked = kMode >= kBwdPacked, kSoftcap = kMode == kBwdSoftcap;
-  // Three stages of Q and dO beside K and V. A block of queries is in use for two steps (S runs ahead, dK comes last);
-  // with two stages of 64 the next one came too late.
+  // Three stages of Q and dO beside K and V. A block of queries is in use for two steps (S runs
+  // ahead, dK comes last); with two stages of 64 the next one came too late.
   static constexpr int BLOCK_M = kDimQK == 256 ? 48 : kDimV == 192 ? 64 : 80, BLOCK_N = 64;
   static constexpr int kThreads = 384, kRegsProducer = 24, kRegsConsumer = 240;
   static constexpr int kStages = 3;
   static constexpr int kSlabsQK = kDimQK / kSlabCols, kSlabsV = kDimV / kSlabCols;
   static constexpr int kScoreRegs = BLOCK_M / 2;
-  static constexpr int kQBytes = BLOCK_M * kSlabsQK * kSlabBytes, kDoBytes = BLOCK_M * kSlabsV * kSlabBytes;
-  static constexpr int kKBytes = BLOCK_N * kSlabsQK * kSlabBytes, kVBytes = BLOCK_N * kSlabsV * kSlabBytes;
+  static constexpr int kQBytes = BLOCK_M * kSlabsQK * kSlabBytes,
+                       kDoBytes = BLOCK_M * kSlabsV * kSlabBytes;
+  static constexpr int kKBytes = BLOCK_N * kSlabsQK * kSlabBytes,
+                       kVBytes = BLOCK_N * kSlabsV * kSlabBytes;
   static constexpr int kPassVectors = kScoreRegs / 8;  // 16-byte vectors of packed P per thread
 
   struct SharedPlan {
@@ -52,7 +56,8 @@ struct BwdKeysTraits {
 enum BwdKeysBarrier : int { kBarGroupCleared = 1 };  // + warpgroup - 1
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant__ BwdKernelParams p) {
+__global__ void __launch_bounds__(T::kThreads, 1)
+    bwd_keys(const __grid_constant__ BwdKernelParams p) {
   using Elem = typename T::Elem;
   using Plan = typename T::SharedPlan;
   constexpr int BLOCK_M = T::BLOCK_M, BLOCK_N = T::BLOCK_N;
@@ -79,14 +84,16 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
   // ---------------------------------------------------------------------------------------- loads
   if (warpgroup == 0) {
     registers_release<T::kRegsProducer>();
-    const auto load_tile = [&](uint8_t* dst, const CUtensorMap& map, uint64_t& full, int slabs, int rows, int row,
-                               int head, int batch, uint64_t policy) {
+    const auto load_tile = [&](uint8_t* dst, const CUtensorMap& map, uint64_t& full, int slabs,
+                               int rows, int row, int head, int batch, uint64_t policy) {
       for (int c = 0; c < slabs; ++c)
-        tma_load_4d(smem_addr(dst) + c * rows * kSlabBytes, &map, bar(full), policy, c * kSlabCols, row, head, batch);
+        tma_load_4d(smem_addr(dst) + c * rows * kSlabBytes, &map, bar(full), policy, c * kSlabCols,
+                    row, head, batch);
     };
     if (warp == 0 && elect_one()) {
       grid_dependency_wait();
-      grid_launch_dependents();  // bwd_queries reads what bwd_prepare wrote: not before the wait above
+      // bwd_queries reads what bwd_prepare wrote: not before the wait above
+      grid_launch_dependents();
       Ring<T::kStages> ring;
       Ring<2> tiles;
       uint32_t key_phase = 0;
@@ -104,8 +111,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
           const int i = ring.stage;
           mbar_wait(bar(plan.q_empty[i]), ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.q_full[i]), T::kQBytes + BLOCK_M * 4);
-          load_tile(plan.q[i], p.q, plan.q_full[i], T::kSlabsQK, BLOCK_M, query_row + walk.m * BLOCK_M, walk.head,
-                    batch, kL2EvictLast);
+          load_tile(plan.q[i], p.q, plan.q_full[i], T::kSlabsQK, BLOCK_M,
+                    query_row + walk.m * BLOCK_M, walk.head, batch, kL2EvictLast);
           bulk_load(smem_addr(plan.neg_lse[i]), p.work.neg_lse + int64_t(walk.row_block) * BLOCK_M,
                     BLOCK_M * 4, bar(plan.q_full[i]));
           if (first) {
@@ -113,8 +120,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
             mbar_wait(bar(plan.k_empty), key_phase ^ 1);
             key_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.k_full), T::kKBytes);
-            load_tile(plan.k, p.k, plan.k_full, T::kSlabsQK, BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k,
-                      t.batch, kL2EvictNormal);
+            load_tile(plan.k, p.k, plan.k_full, T::kSlabsQK, BLOCK_N,
+                      t.key_row + t.key_block * BLOCK_N, t.head_k, t.batch, kL2EvictNormal);
           }
         }
       }
@@ -134,17 +141,18 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
           const int i = ring.stage;
           mbar_wait(bar(plan.do_empty[i]), ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.do_full[i]), T::kDoBytes + BLOCK_M * 4);
-          load_tile(plan.dout[i], p.dout, plan.do_full[i], T::kSlabsV, BLOCK_M, query_row + walk.m * BLOCK_M,
-                    walk.head, batch, kL2EvictLast);
-          bulk_load(smem_addr(plan.neg_delta[i]), p.work.neg_delta + int64_t(walk.row_block) * BLOCK_M,
-                    BLOCK_M * 4, bar(plan.do_full[i]));
+          load_tile(plan.dout[i], p.dout, plan.do_full[i], T::kSlabsV, BLOCK_M,
+                    query_row + walk.m * BLOCK_M, walk.head, batch, kL2EvictLast);
+          bulk_load(smem_addr(plan.neg_delta[i]),
+                    p.work.neg_delta + int64_t(walk.row_block) * BLOCK_M, BLOCK_M * 4,
+                    bar(plan.do_full[i]));
           if (first) {
             first = false;
             mbar_wait(bar(plan.v_empty), key_phase ^ 1);
             key_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.v_full), T::kVBytes);
-            load_tile(plan.v, p.v, plan.v_full, T::kSlabsV, BLOCK_N, t.key_row + t.key_block * BLOCK_N, t.head_k,
-                      t.batch, kL2EvictNormal);
+            load_tile(plan.v, p.v, plan.v_full, T::kSlabsV, BLOCK_N,
+                      t.key_row + t.key_block * BLOCK_N, t.head_k, t.batch, kL2EvictNormal);
           }
         }
         mbar_arrive(bar(plan.tile_empty[tiles.stage]));
@@ -161,10 +169,11 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
     __syncwarp();
     if (lane == 0) mbar_arrive(bar(b));
   };
-  constexpr uint64_t kFormK = descriptor_form<128>(16), kFormT = descriptor_form<128>(BLOCK_M * kSlabBytes);
+  constexpr uint64_t kFormK = descriptor_form<128>(16),
+                     kFormT = descriptor_form<128>(BLOCK_M * kSlabBytes);
   constexpr bool kPacked = T::kPacked;
-  // Rows past the end of a packed sequence, before this warpgroup's first use of the tile. Both warpgroups may clear
-  // the same rows: both write zeros, and each waits for its own.
+  // Rows past the end of a packed sequence, before this warpgroup's first use of the tile. Both
+  // warpgroups may clear the same rows: both write zeros, and each waits for its own.
   const auto clear = [&](uint8_t* tile, int slabs, int rows, int from) {
     clear_rows<128>(smem_addr(tile), slabs, rows, from);
     fence_proxy_async_shared();
@@ -186,7 +195,7 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
 #pragma unroll
     for (int k = 0; k < BLOCK_M / 16; ++k)
       Wgmma<Elem, kColumns>::template rs<1>(x, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
-                                           descriptor_step(b, k * kStepMNMajor));
+                                            descriptor_step(b, k * kStepMNMajor));
     wgmma_commit();
   };
 
@@ -205,8 +214,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
       const KeyTile& t = plan.tile[tiles.stage()];
       const int key_block = uniform(t.key_block);
       if (key_block < 0) break;
-      const int steps = uniform(t.steps), query_begin = uniform(t.query_begin), query_end = uniform(t.query_end);
-      const int seqlen_q = uniform(t.seqlen_q), seqlen_k = uniform(t.seqlen_k), key0 = key_block * BLOCK_N;
+      const int steps = uniform(t.steps), query_begin = uniform(t.query_begin),
+                query_end = uniform(t.query_end);
+      const int seqlen_q = uniform(t.seqlen_q), seqlen_k = uniform(t.seqlen_k),
+                key0 = key_block * BLOCK_N;
       const int cut_block = kPacked && seqlen_q % BLOCK_M ? seqlen_q / BLOCK_M : -1;
 #pragma unroll
       for (int i = 0; i < T::kDimV / 2; ++i) dv[i] = 0.f;
@@ -217,7 +228,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         // Q of block m has arrived: start its scores.
         const auto scores = [&] {
           mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
-          if (kPacked && m == cut_block) clear(plan.q[q_ring.stage], T::kSlabsQK, BLOCK_M, seqlen_q % BLOCK_M);
+          if (kPacked && m == cut_block)
+            clear(plan.q[q_ring.stage], T::kSlabsQK, BLOCK_M, seqlen_q % BLOCK_M);
           if constexpr (T::kSoftcap) {
 #pragma unroll
             for (int i = 0; i < T::kScoreRegs; ++i) s[i] = 0.f;
@@ -225,16 +237,20 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
             start_at_columns(s, smem_addr(plan.neg_lse[q_ring.stage]));
           }
           pin(s);
-          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQBytes), Number<T::kDimQK>{});
+          mma_scores(s, k_rows, descriptor_step(q_tile, q_ring.stage * T::kQBytes),
+                     Number<T::kDimQK>{});
         };
-        // Scores to P in s; with softcap also P (1 - x^2), the factor of dP, which is what is then passed on.
+        // Scores to P in s; with softcap also P (1 - x^2), the factor of dP, which is what is then
+        // passed on.
         float factor[T::kSoftcap ? T::kScoreRegs : 1];
         const auto softmax = [&] {
           const Mask mask{seqlen_k - seqlen_q, p.shape.window_left, p.shape.window_right};
           if constexpr (T::kSoftcap) {
 #pragma unroll
-            for (int i = 0; i < T::kScoreRegs; ++i) s[i] = tanh_approx(s[i] * p.shape.softcap_input);
-            mask_transposed<BLOCK_M, T::kRightBound, T::kLeftBound>(s, -1e18f, mask, key0, seqlen_k, m);
+            for (int i = 0; i < T::kScoreRegs; ++i)
+              s[i] = tanh_approx(s[i] * p.shape.softcap_input);
+            mask_transposed<BLOCK_M, T::kRightBound, T::kLeftBound>(s, -1e18f, mask, key0, seqlen_k,
+                                                                    m);
 #pragma unroll
             for (int k = 0; k < T::kScoreRegs / 8; ++k) {
               float4 neg_lse[1];
@@ -247,19 +263,22 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
               }
             }
           } else {
-            mask_transposed<BLOCK_M, T::kRightBound, T::kLeftBound>(s, -INFINITY, mask, key0, seqlen_k, m);
+            mask_transposed<BLOCK_M, T::kRightBound, T::kLeftBound>(s, -INFINITY, mask, key0,
+                                                                    seqlen_k, m);
 #pragma unroll
             for (int i = 0; i < T::kScoreRegs; ++i) s[i] = exp2_approx(s[i] * p.shape.scale_log2);
           }
         };
         mbar_wait(bar(plan.k_full), key_phase);
         key_phase ^= 1;
-        if (kPacked && seqlen_k - key0 < BLOCK_N) clear(plan.k, T::kSlabsQK, BLOCK_N, seqlen_k - key0);
+        if (kPacked && seqlen_k - key0 < BLOCK_N)
+          clear(plan.k, T::kSlabsQK, BLOCK_N, seqlen_k - key0);
         scores();
         wgmma_wait<0>(), pin(s);
         softmax();
         pin(s);
-        // On entry: P of block m in s, dV of the block before in flight. The next scores run under this block's dV.
+        // On entry: P of block m in s, dV of the block before in flight. The next scores run under
+        // this block's dV.
         const auto step = [&](auto is_last) {
           wgmma_wait<0>(), pin(dv);
           if (done > 0) arrive(plan.do_empty[do_stage]);
@@ -281,13 +300,16 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
                      make_uint4(p16[4 * i], p16[4 * i + 1], p16[4 * i + 2], p16[4 * i + 3]));
           }
           arrive(plan.p_full);
-          arrive(plan.q_empty[q_ring.stage]);  // with softcap, LSE was read after the scores were done
+          arrive(
+              plan.q_empty[q_ring.stage]);  // with softcap, LSE was read after the scores were done
           do_stage = do_ring.stage;
           const bool cut = kPacked && m == cut_block;
           q_ring.advance();
           if (++m == query_end) m = query_begin;
-          if constexpr (!decltype(is_last)::value) scores();
-          else arrive(plan.k_empty);
+          if constexpr (!decltype(is_last)::value)
+            scores();
+          else
+            arrive(plan.k_empty);
           mbar_wait(bar(plan.do_full[do_stage]), do_ring.phase);
           if (cut) clear(plan.dout[do_stage], T::kSlabsV, BLOCK_M, seqlen_q % BLOCK_M);
           do_ring.advance();
@@ -321,8 +343,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
       const KeyTile& t = plan.tile[tiles.stage()];
       const int key_block = uniform(t.key_block);
       if (key_block < 0) break;
-      const int steps = uniform(t.steps), query_begin = uniform(t.query_begin), query_end = uniform(t.query_end);
-      const int seqlen_q = uniform(t.seqlen_q), seqlen_k = uniform(t.seqlen_k), key0 = key_block * BLOCK_N;
+      const int steps = uniform(t.steps), query_begin = uniform(t.query_begin),
+                query_end = uniform(t.query_end);
+      const int seqlen_q = uniform(t.seqlen_q), seqlen_k = uniform(t.seqlen_k),
+                key0 = key_block * BLOCK_N;
       const int cut_block = kPacked && seqlen_q % BLOCK_M ? seqlen_q / BLOCK_M : -1;
 #pragma unroll
       for (int i = 0; i < T::kDimQK / 2; ++i) dk[i] = 0.f;
@@ -332,14 +356,17 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         int m = query_begin, done = 0;
         const auto scores = [&] {
           mbar_wait(bar(plan.do_full[do_ring.stage]), do_ring.phase);
-          if (kPacked && m == cut_block) clear(plan.dout[do_ring.stage], T::kSlabsV, BLOCK_M, seqlen_q % BLOCK_M);
+          if (kPacked && m == cut_block)
+            clear(plan.dout[do_ring.stage], T::kSlabsV, BLOCK_M, seqlen_q % BLOCK_M);
           start_at_columns(dp, smem_addr(plan.neg_delta[do_ring.stage]));
           pin(dp);
-          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kDoBytes), Number<T::kDimV>{});
+          mma_scores(dp, v_rows, descriptor_step(do_tile, do_ring.stage * T::kDoBytes),
+                     Number<T::kDimV>{});
         };
         mbar_wait(bar(plan.v_full), key_phase);
         key_phase ^= 1;
-        if (kPacked && seqlen_k - key0 < BLOCK_N) clear(plan.v, T::kSlabsV, BLOCK_N, seqlen_k - key0);
+        if (kPacked && seqlen_k - key0 < BLOCK_N)
+          clear(plan.v, T::kSlabsV, BLOCK_N, seqlen_k - key0);
         scores();
         // On entry: dP of block m done or queued before the dK of the block before it.
         wgmma_wait<0>(), pin(dp);
@@ -367,10 +394,13 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
           }
           pack_all<Elem>(dp, ds16);
           const int q_stage = q_ring.stage;
-          mbar_wait(bar(plan.q_full[q_stage]), q_ring.phase);  // P came, so it is there, and cleared where it must be
+          mbar_wait(bar(plan.q_full[q_stage]),
+                    q_ring.phase);  // P came, so it is there, and cleared where it must be
           if (++m == query_end) m = query_begin;
-          if constexpr (!decltype(is_last)::value) scores();
-          else arrive(plan.v_empty);
+          if constexpr (!decltype(is_last)::value)
+            scores();
+          else
+            arrive(plan.v_empty);
           mma_grad(dk, ds16, descriptor_step(q_cols, q_stage * T::kQBytes));
           if constexpr (decltype(is_last)::value) {
             wgmma_wait<0>(), pin(dk);
@@ -384,8 +414,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_keys(const __grid_constant
         for (; done < steps - 1; ++done) step(Constant<false>{});
         step(Constant<true>{});
       }
-      emit_gradient<Elem, T::kDimQK>(dk, p.shape.softmax_scale, p.dk, p.dk_share, p.emit_dkv, t, key0,
-                                     seqlen_k - key0, p.shape.head_dim_qk);
+      emit_gradient<Elem, T::kDimQK>(dk, p.shape.softmax_scale, p.dk, p.dk_share, p.emit_dkv, t,
+                                     key0, seqlen_k - key0, p.shape.head_dim_qk);
       arrive(plan.tile_empty[tiles.stage()]);
       tiles.advance();
     }

@@ -1,5 +1,5 @@
-// Launches of the backward: fills kernel parameters from the plan, encodes tensor maps, chains the kernels.
-// Included by the instantiation units only (csrc/attn/bwd.instances.cmake).
+// Launches of the backward: fills kernel parameters from the plan, encodes tensor maps, chains the
+// kernels. Included by the instantiation units only (csrc/attn/bwd.instances.cmake).
 #pragma once
 #include "attn/bwd_around.cuh"
 #include "attn/bwd_fused.cuh"
@@ -10,10 +10,11 @@
 
 namespace fa3 {
 
-// `early`: the kernel may start before the one before it has ended, and calls grid_dependency_wait itself.
+// `early`: the kernel may start before the one before it has ended, and calls grid_dependency_wait
+// itself.
 template <class Params>
-int launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int threads, int shared_bytes,
-                  cudaStream_t stream, bool early, const char* name) {
+int launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int threads,
+                  int shared_bytes, cudaStream_t stream, bool early, const char* name) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return FA3_OK;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -26,17 +27,19 @@ int launch_kernel(void (*kernel)(Params), const Params& params, dim3 grid, int t
   config.attrs = &attribute;
   config.numAttrs = early ? 1 : 0;
   void* arguments[] = {const_cast<Params*>(&params)};
-  return check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), name);
+  return check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments),
+                    name);
 }
 
 inline GradTensor grad_tensor(const fa3_tensor& t) {
   return {t.ptr, t.stride_batch, t.stride_token, t.stride_head};
 }
 
-// {head dim, tokens, heads, batch}, boxes of 64 columns x rows. An empty tensor gets a map of one row that nobody
-// loads: `filler` is any valid device address.
-inline int encode_token_map(CUtensorMap* map, const char* name, const fa3_tensor& t, int dtype, int64_t head_dim,
-                            int64_t tokens, int64_t heads, int64_t batch, int rows, const void* filler) {
+// {head dim, tokens, heads, batch}, boxes of 64 columns x rows. An empty tensor gets a map of one
+// row that nobody loads: `filler` is any valid device address.
+inline int encode_token_map(CUtensorMap* map, const char* name, const fa3_tensor& t, int dtype,
+                            int64_t head_dim, int64_t tokens, int64_t heads, int64_t batch,
+                            int rows, const void* filler) {
   TensorMapShape shape{};
   shape.rank = 4;
   const int64_t dims[4] = {head_dim, tokens > 0 ? tokens : 1, heads, batch};
@@ -60,12 +63,17 @@ inline int encode_maps(const BwdCall& call, BlockShape blocks, BwdKernelParams* 
   const fa3_attn_bwd_params& a = *call.params;
   const bool packed = a.cu_seqlens_q != nullptr;
   const int64_t batch = packed ? 1 : a.batch;
-  const int64_t q_tokens = packed ? a.total_q : a.seqlen_q, k_tokens = packed ? a.total_k : a.seqlen_k;
+  const int64_t q_tokens = packed ? a.total_q : a.seqlen_q,
+                k_tokens = packed ? a.total_k : a.seqlen_k;
   const int m = blocks.block_m, n = blocks.block_n;
-  FA3_TRY(encode_token_map(&p->q, "q", a.q, a.dtype, a.head_dim_qk, q_tokens, a.heads_q, batch, m, a.workspace));
-  FA3_TRY(encode_token_map(&p->dout, "dout", a.dout, a.dtype, a.head_dim_v, q_tokens, a.heads_q, batch, m, a.workspace));
-  FA3_TRY(encode_token_map(&p->k, "k", a.k, a.dtype, a.head_dim_qk, k_tokens, a.heads_k, batch, n, a.workspace));
-  return encode_token_map(&p->v, "v", a.v, a.dtype, a.head_dim_v, k_tokens, a.heads_k, batch, n, a.workspace);
+  FA3_TRY(encode_token_map(&p->q, "q", a.q, a.dtype, a.head_dim_qk, q_tokens, a.heads_q, batch, m,
+                           a.workspace));
+  FA3_TRY(encode_token_map(&p->dout, "dout", a.dout, a.dtype, a.head_dim_v, q_tokens, a.heads_q,
+                           batch, m, a.workspace));
+  FA3_TRY(encode_token_map(&p->k, "k", a.k, a.dtype, a.head_dim_qk, k_tokens, a.heads_k, batch, n,
+                           a.workspace));
+  return encode_token_map(&p->v, "v", a.v, a.dtype, a.head_dim_v, k_tokens, a.heads_k, batch, n,
+                          a.workspace);
 }
 
 inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
@@ -107,12 +115,18 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   m.heads_per_tile = plan.heads_per_tile;
   m.deterministic = a.deterministic && !plan.two_pass;
   const bool add = a.dk_accum.ptr != nullptr;
-  const GradTensor dk = grad_tensor(add ? a.dk_accum : a.dk), dv = grad_tensor(add ? a.dv_accum : a.dv);
+  const GradTensor dk = grad_tensor(add ? a.dk_accum : a.dk),
+                   dv = grad_tensor(add ? a.dv_accum : a.dv);
   const int64_t total_k = packed ? a.total_k : int64_t(a.batch) * a.seqlen_k;
-  const int64_t k_row = int64_t(a.heads_k) * a.head_dim_qk, v_row = int64_t(a.heads_k) * a.head_dim_v;
+  const int64_t k_row = int64_t(a.heads_k) * a.head_dim_qk,
+                v_row = int64_t(a.heads_k) * a.head_dim_v;
   m.emit_dkv = plan.shares > 1 ? kEmitPartial : add ? kEmitAdded : kEmitRounded;
-  m.dk = plan.shares > 1 ? GradTensor{floats(plan.dk_parts), a.seqlen_k * k_row, k_row, a.head_dim_qk} : dk;
-  m.dv = plan.shares > 1 ? GradTensor{floats(plan.dv_parts), a.seqlen_k * v_row, v_row, a.head_dim_v} : dv;
+  m.dk = plan.shares > 1
+             ? GradTensor{floats(plan.dk_parts), a.seqlen_k * k_row, k_row, a.head_dim_qk}
+             : dk;
+  m.dv = plan.shares > 1
+             ? GradTensor{floats(plan.dv_parts), a.seqlen_k * v_row, v_row, a.head_dim_v}
+             : dv;
   m.dk_share = total_k * k_row;
   m.dv_share = total_k * v_row;
   m.dq_fp32 = a.dq_accum.ptr != nullptr;
@@ -121,8 +135,10 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   FA3_TRY(encode_maps(call, plan.blocks, &m));
   if (!plan.two_pass && m.emit_dkv == kEmitRounded) {
     const int64_t batch = packed ? 1 : a.batch, tokens = packed ? a.total_k : a.seqlen_k;
-    FA3_TRY(encode_token_map(&m.dk_map, "dk", a.dk, a.dtype, a.head_dim_qk, tokens, a.heads_k, batch, 64, base));
-    FA3_TRY(encode_token_map(&m.dv_map, "dv", a.dv, a.dtype, a.head_dim_v, tokens, a.heads_k, batch, 64, base));
+    FA3_TRY(encode_token_map(&m.dk_map, "dk", a.dk, a.dtype, a.head_dim_qk, tokens, a.heads_k,
+                             batch, 64, base));
+    FA3_TRY(encode_token_map(&m.dv_map, "dv", a.dv, a.dtype, a.head_dim_v, tokens, a.heads_k, batch,
+                             64, base));
   }
 
   r.shape = s;
@@ -160,12 +176,13 @@ int finish_launch(const BwdCall& call, const BwdLaunch& launch) {
     const int64_t vectors = launch.around.total_k * a.heads_k * (a.head_dim_qk / 8);
     const int64_t blocks = (vectors + kAroundThreads - 1) / kAroundThreads;
     const int64_t most = int64_t(call.sm_count) * 16;
-    FA3_TRY(launch_kernel(bwd_sum_dkv<Elem>, launch.around, dim3(unsigned(blocks < most ? blocks : most), 2),
-                          kAroundThreads, 0, launch.stream, true, "bwd_sum_dkv"));
+    FA3_TRY(launch_kernel(bwd_sum_dkv<Elem>, launch.around,
+                          dim3(unsigned(blocks < most ? blocks : most), 2), kAroundThreads, 0,
+                          launch.stream, true, "bwd_sum_dkv"));
   }
   if (a.sink != nullptr)
-    FA3_TRY(launch_kernel(bwd_finish_sink<BLOCK_M>, launch.around, dim3(a.heads_q), kAroundThreads, 0, launch.stream,
-                          true, "bwd_finish_sink"));
+    FA3_TRY(launch_kernel(bwd_finish_sink<BLOCK_M>, launch.around, dim3(a.heads_q), kAroundThreads,
+                          0, launch.stream, true, "bwd_finish_sink"));
   return FA3_OK;
 }
 
@@ -184,17 +201,19 @@ inline BwdMode mode_of(const BwdCall& call) {
 
 template <class T>
 int launch_tiles(void (*kernel)(BwdKernelParams), const BwdCall& call, const BwdLaunch& launch,
-                 const BwdKernelParams& params, const TileOrder& order, bool early, const char* name) {
+                 const BwdKernelParams& params, const TileOrder& order, bool early,
+                 const char* name) {
   const int tiles = tile_count(order);
   FA3_TRY(allow_shared_memory(reinterpret_cast<const void*>(kernel), T::kSharedBytes));
-  return launch_kernel(kernel, params, dim3(tiles < call.sm_count ? tiles : call.sm_count), T::kThreads,
-                       T::kSharedBytes, launch.stream, early, name);
+  return launch_kernel(kernel, params, dim3(tiles < call.sm_count ? tiles : call.sm_count),
+                       T::kThreads, T::kSharedBytes, launch.stream, early, name);
 }
 
 template <int kHeadDim, class Elem, BwdMode kMode>
 int launch_fused_kernel(const BwdCall& call, const BwdLaunch& launch) {
   using T = BwdFusedTraits<kHeadDim, Elem, kMode>;
-  return launch_tiles<T>(bwd_fused<T>, call, launch, launch.main, call.plan.order, true, "bwd_fused");
+  return launch_tiles<T>(bwd_fused<T>, call, launch, launch.main, call.plan.order, true,
+                         "bwd_fused");
 }
 
 template <int kHeadDim, class Elem>
@@ -204,16 +223,25 @@ int launch_bwd_fused(const BwdCall& call) {
   BwdLaunch launch;
   FA3_TRY(prepare_launch(call, &launch));
   FA3_TRY(launch_kernel(bwd_prepare<Elem, Any::BLOCK_M, kLanes, Any::kDqBlockFloats>, launch.around,
-                        prepare_grid(launch), kAroundThreads, 0, launch.stream, false, "bwd_prepare"));
+                        prepare_grid(launch), kAroundThreads, 0, launch.stream, false,
+                        "bwd_prepare"));
   switch (mode_of(call)) {
     case kBwdPlain: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdPlain>(call, launch))); break;
-    case kBwdCausal: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdCausal>(call, launch))); break;
-    case kBwdWindow: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdWindow>(call, launch))); break;
-    case kBwdPacked: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdPacked>(call, launch))); break;
-    case kBwdSoftcap: FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdSoftcap>(call, launch))); break;
+    case kBwdCausal:
+      FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdCausal>(call, launch)));
+      break;
+    case kBwdWindow:
+      FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdWindow>(call, launch)));
+      break;
+    case kBwdPacked:
+      FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdPacked>(call, launch)));
+      break;
+    case kBwdSoftcap:
+      FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdSoftcap>(call, launch)));
+      break;
   }
-  FA3_TRY(launch_kernel(bwd_finish_dq<Elem, Any::BLOCK_M, kHeadDim>, launch.around, launch.row_grid, kAroundThreads, 0,
-                        launch.stream, true, "bwd_finish_dq"));
+  FA3_TRY(launch_kernel(bwd_finish_dq<Elem, Any::BLOCK_M, kHeadDim>, launch.around, launch.row_grid,
+                        kAroundThreads, 0, launch.stream, true, "bwd_finish_dq"));
   return finish_launch<Elem, Any::BLOCK_M>(call, launch);
 }
 
@@ -222,12 +250,14 @@ int launch_pass_kernels(const BwdCall& call, const BwdLaunch& launch) {
   using Keys = BwdKeysTraits<kDimQK, kDimV, Elem, kMode>;
   using Queries = BwdQueriesTraits<kDimQK, kDimV, Keys::BLOCK_M, Elem, kMode>;
   static_assert(Queries::BLOCK_M == kBwdQueryTile, "the plan counts query tiles");
-  FA3_TRY(launch_tiles<Keys>(bwd_keys<Keys>, call, launch, launch.main, call.plan.order, true, "bwd_keys"));
+  FA3_TRY(launch_tiles<Keys>(bwd_keys<Keys>, call, launch, launch.main, call.plan.order, true,
+                             "bwd_keys"));
   BwdKernelParams second = launch.main;
   FA3_TRY(encode_maps(call, {Queries::BLOCK_M, Queries::BLOCK_N}, &second));
   // bwd_queries does not wait for bwd_prepare: bwd_keys, if there is any, lets it start no earlier.
   const bool early = tile_count(call.plan.order) > 0;
-  return launch_tiles<Queries>(bwd_queries<Queries>, call, launch, second, call.plan.query_order, early, "bwd_queries");
+  return launch_tiles<Queries>(bwd_queries<Queries>, call, launch, second, call.plan.query_order,
+                               early, "bwd_queries");
 }
 
 template <int kDimQK, int kDimV, class Elem>
@@ -235,14 +265,25 @@ int launch_bwd_two_pass(const BwdCall& call) {
   using Keys = BwdKeysTraits<kDimQK, kDimV, Elem, kBwdPlain>;
   BwdLaunch launch;
   FA3_TRY(prepare_launch(call, &launch));
-  FA3_TRY(launch_kernel(bwd_prepare<Elem, Keys::BLOCK_M, kDimV == 128 ? 16 : 32, 0>, launch.around,
-                        prepare_grid(launch), kAroundThreads, 0, launch.stream, false, "bwd_prepare"));
+  FA3_TRY(launch_kernel(bwd_prepare < Elem, Keys::BLOCK_M, kDimV == 128 ? 16 : 32, 0 >,
+                        launch.around, prepare_grid(launch), kAroundThreads, 0, launch.stream,
+                        false, "bwd_prepare"));
   switch (mode_of(call)) {
-    case kBwdPlain: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdPlain>(call, launch))); break;
-    case kBwdCausal: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdCausal>(call, launch))); break;
-    case kBwdWindow: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdWindow>(call, launch))); break;
-    case kBwdPacked: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdPacked>(call, launch))); break;
-    case kBwdSoftcap: FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdSoftcap>(call, launch))); break;
+    case kBwdPlain:
+      FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdPlain>(call, launch)));
+      break;
+    case kBwdCausal:
+      FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdCausal>(call, launch)));
+      break;
+    case kBwdWindow:
+      FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdWindow>(call, launch)));
+      break;
+    case kBwdPacked:
+      FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdPacked>(call, launch)));
+      break;
+    case kBwdSoftcap:
+      FA3_TRY((launch_pass_kernels<kDimQK, kDimV, Elem, kBwdSoftcap>(call, launch)));
+      break;
   }
   return finish_launch<Elem, Keys::BLOCK_M>(call, launch);
 }

@@ -1,5 +1,5 @@
-// How one backward call is carried out: tiles, who sums dK and dV, the layout of the workspace. Pure host
-// arithmetic on the parameters, shared by the workspace query and the launch.
+// How one backward call is carried out: tiles, who sums dK and dV, the layout of the workspace.
+// Pure host arithmetic on the parameters, shared by the workspace query and the launch.
 #pragma once
 #include "attn/bwd_ranges.h"
 #include "fa3_train.h"
@@ -16,10 +16,10 @@ struct BwdPlan {
   int head_dim_qk, head_dim_v;  // of the bucket
   bool two_pass;
   BlockShape blocks;
-  bool window;     // a bound that can hide something
+  bool window;                    // a bound that can hide something
   int window_left, window_right;  // kUnbounded where it cannot
-  // Query heads of a group that one thread block loops over, and how many such shares a group has. More than one
-  // share: FP32 partial sums in the workspace, which bwd_sum_dkv adds up.
+  // Query heads of a group that one thread block loops over, and how many such shares a group has.
+  // More than one share: FP32 partial sums in the workspace, which bwd_sum_dkv adds up.
   int heads_per_tile, shares;
   int row_blocks;
   TileOrder order;        // key tiles

@@ -1,9 +1,10 @@
 // Second of the two passes of the backward for head dims above 128: dQ.
 //
-// The forward's shape: Q and dO of 128 queries stay in shared memory, dQ in registers (64 queries per warpgroup),
-// key blocks stream by.
-//   S = Q K^T, P = exp2(S c - LSE log2e), dP = dO V^T, dS = P o (dP - delta), dQ += dS K (A from registers)
-// Rows are queries here: LSE and delta are two registers each. dQ is scaled, rounded and stored at once.
+// The forward's shape: Q and dO of 128 queries stay in shared memory, dQ in registers (64 queries
+// per warpgroup), key blocks stream by.
+//   S = Q K^T, P = exp2(S c - LSE log2e), dP = dO V^T, dS = P o (dP - delta), dQ += dS K (A from
+// registers) Rows are queries here: LSE and delta are two registers each. dQ is scaled, rounded and
+// stored at once.
 //
 // May run beside the end of bwd_keys, from which it needs nothing; it only must not end before it.
 //
@@ -26,12 +27,15 @@ struct BwdQueriesTraits {
   // S, dP and dS beside dQ: 208 registers.
   static constexpr int BLOCK_M = 128, BLOCK_N = kDimQK == 256 ? 64 : 80;
   static constexpr int kThreads = 384, kRegsProducer = 24, kRegsConsumer = 240;
-  // K serves S and, a step later, dQ. V's only use ends early in a step, so that one stage is enough.
+  // K serves S and, a step later, dQ. V's only use ends early in a step, so that one stage is
+  // enough.
   static constexpr int kStagesK = 2, kStagesV = kDimQK + kDimV > 400 ? 1 : 2;
   static constexpr int kSlabsQK = kDimQK / kSlabCols, kSlabsV = kDimV / kSlabCols;
   static constexpr int kScoreRegs = BLOCK_N / 2;
-  static constexpr int kQBytes = BLOCK_M * kSlabsQK * kSlabBytes, kDoBytes = BLOCK_M * kSlabsV * kSlabBytes;
-  static constexpr int kKBytes = BLOCK_N * kSlabsQK * kSlabBytes, kVBytes = BLOCK_N * kSlabsV * kSlabBytes;
+  static constexpr int kQBytes = BLOCK_M * kSlabsQK * kSlabBytes,
+                       kDoBytes = BLOCK_M * kSlabsV * kSlabBytes;
+  static constexpr int kKBytes = BLOCK_N * kSlabsQK * kSlabBytes,
+                       kVBytes = BLOCK_N * kSlabsV * kSlabBytes;
 
   struct SharedPlan {
     alignas(1024) uint8_t q[kQBytes];
@@ -49,7 +53,8 @@ struct BwdQueriesTraits {
 
 // Keys [.., seqlen_k) and the window, for a tile of 64 queries x BLOCK_N keys.
 template <int BLOCK_N, bool kRight, bool kLeft>
-FA3_DEVICE void mask_rows(float (&s)[BLOCK_N / 2], float hidden, Mask mask, int query0, int key0, int seqlen_k) {
+FA3_DEVICE void mask_rows(float (&s)[BLOCK_N / 2], float hidden, Mask mask, int query0, int key0,
+                          int seqlen_k) {
   const int quad2 = 2 * (threadIdx.x & 3), query = query0 + acc_row(threadIdx.x & 127, 0);
   const bool tail = key0 + BLOCK_N > seqlen_k;
   if (tail || (kRight && key0 + BLOCK_N - 1 > query0 + mask.shift + mask.right)) {
@@ -77,7 +82,8 @@ FA3_DEVICE void mask_rows(float (&s)[BLOCK_N / 2], float hidden, Mask mask, int 
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_constant__ BwdKernelParams p) {
+__global__ void __launch_bounds__(T::kThreads, 1)
+    bwd_queries(const __grid_constant__ BwdKernelParams p) {
   using Elem = typename T::Elem;
   using Plan = typename T::SharedPlan;
   constexpr int BLOCK_M = T::BLOCK_M, BLOCK_N = T::BLOCK_N;
@@ -103,10 +109,11 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
   // ---------------------------------------------------------------------------------------- loads
   if (warpgroup == 0) {
     registers_release<T::kRegsProducer>();
-    const auto load_tile = [&](uint8_t* dst, const CUtensorMap& map, uint64_t& full, int slabs, int rows, int row,
-                               int head, int batch, uint64_t policy) {
+    const auto load_tile = [&](uint8_t* dst, const CUtensorMap& map, uint64_t& full, int slabs,
+                               int rows, int row, int head, int batch, uint64_t policy) {
       for (int c = 0; c < slabs; ++c)
-        tma_load_4d(smem_addr(dst) + c * rows * kSlabBytes, &map, bar(full), policy, c * kSlabCols, row, head, batch);
+        tma_load_4d(smem_addr(dst) + c * rows * kSlabBytes, &map, bar(full), policy, c * kSlabCols,
+                    row, head, batch);
     };
     if (warp == 0 && elect_one()) {
       Ring<T::kStagesK> ring;
@@ -115,23 +122,25 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
       for (;;) {
         QueryTile& t = plan.tile[tiles.stage];
         mbar_wait(bar(plan.tile_empty[tiles.stage]), tiles.phase ^ 1);
-        find_query_tile<T::kStatRows, BLOCK_M, BLOCK_N, T::kPacked>(p, atomicAdd(p.work.tile_counter + 1, 1), t);
+        find_query_tile<T::kStatRows, BLOCK_M, BLOCK_N, T::kPacked>(
+            p, atomicAdd(p.work.tile_counter + 1, 1), t);
         mbar_arrive(bar(plan.tile_full[tiles.stage]));
         tiles.advance();
         if (t.query_block < 0) break;
-        const int begin = t.key_begin, end = t.key_end, key_row = t.key_row, head = t.head_k, batch = t.batch;
+        const int begin = t.key_begin, end = t.key_end, key_row = t.key_row, head = t.head_k,
+                  batch = t.batch;
         for (int n = begin; n < end; ++n, ring.advance()) {
           const int i = ring.stage;
           mbar_wait(bar(plan.k_empty[i]), ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.k_full[i]), T::kKBytes);
-          load_tile(plan.k[i], p.k, plan.k_full[i], T::kSlabsQK, BLOCK_N, key_row + n * BLOCK_N, head, batch,
-                    kL2EvictLast);
+          load_tile(plan.k[i], p.k, plan.k_full[i], T::kSlabsQK, BLOCK_N, key_row + n * BLOCK_N,
+                    head, batch, kL2EvictLast);
           if (n == begin) {
             mbar_wait(bar(plan.q_empty), query_phase ^ 1);
             query_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.q_full), T::kQBytes);
-            load_tile(plan.q, p.q, plan.q_full, T::kSlabsQK, BLOCK_M, t.query_row + t.query_block * BLOCK_M, t.head_q,
-                      t.batch, kL2EvictFirst);
+            load_tile(plan.q, p.q, plan.q_full, T::kSlabsQK, BLOCK_M,
+                      t.query_row + t.query_block * BLOCK_M, t.head_q, t.batch, kL2EvictFirst);
           }
         }
       }
@@ -144,19 +153,20 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
         const QueryTile& t = plan.tile[tiles.stage];
         mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
         if (t.query_block < 0) break;
-        const int begin = t.key_begin, end = t.key_end, key_row = t.key_row, head = t.head_k, batch = t.batch;
+        const int begin = t.key_begin, end = t.key_end, key_row = t.key_row, head = t.head_k,
+                  batch = t.batch;
         for (int n = begin; n < end; ++n, ring.advance()) {
           const int i = ring.stage;
           mbar_wait(bar(plan.v_empty[i]), ring.phase ^ 1);
           mbar_arrive_expect_tx(bar(plan.v_full[i]), T::kVBytes);
-          load_tile(plan.v[i], p.v, plan.v_full[i], T::kSlabsV, BLOCK_N, key_row + n * BLOCK_N, head, batch,
-                    kL2EvictLast);
+          load_tile(plan.v[i], p.v, plan.v_full[i], T::kSlabsV, BLOCK_N, key_row + n * BLOCK_N,
+                    head, batch, kL2EvictLast);
           if (n == begin) {
             mbar_wait(bar(plan.do_empty), query_phase ^ 1);
             query_phase ^= 1;
             mbar_arrive_expect_tx(bar(plan.do_full), T::kDoBytes);
-            load_tile(plan.dout, p.dout, plan.do_full, T::kSlabsV, BLOCK_M, t.query_row + t.query_block * BLOCK_M,
-                      t.head_q, t.batch, kL2EvictFirst);
+            load_tile(plan.dout, p.dout, plan.do_full, T::kSlabsV, BLOCK_M,
+                      t.query_row + t.query_block * BLOCK_M, t.head_q, t.batch, kL2EvictFirst);
           }
         }
         mbar_arrive(bar(plan.tile_empty[tiles.stage]));
@@ -174,19 +184,25 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
     if (lane == 0) mbar_arrive(bar(b));
   };
   constexpr int kBarRowsCleared = 1;
-  constexpr uint64_t kFormK = descriptor_form<128>(16), kFormT = descriptor_form<128>(BLOCK_N * kSlabBytes);
+  constexpr uint64_t kFormK = descriptor_form<128>(16),
+                     kFormT = descriptor_form<128>(BLOCK_N * kSlabBytes);
   const uint64_t q_rows = descriptor_at(kFormK, smem_addr(plan.q) + g * 64 * kSlabBytes);
   const uint64_t do_rows = descriptor_at(kFormK, smem_addr(plan.dout) + g * 64 * kSlabBytes);
-  const uint64_t k_tile = descriptor_at(kFormK, smem_addr(plan.k)), v_tile = descriptor_at(kFormK, smem_addr(plan.v));
+  const uint64_t k_tile = descriptor_at(kFormK, smem_addr(plan.k)),
+                 v_tile = descriptor_at(kFormK, smem_addr(plan.v));
   const uint64_t k_cols = descriptor_at(kFormT, smem_addr(plan.k));
   const auto mma_scores = [&](float (&x)[T::kScoreRegs], uint64_t a, uint64_t b, auto depth) {
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < decltype(depth)::value / 16; ++k) {
-      const uint64_t a_step = descriptor_step(a, k / 4 * BLOCK_M * kSlabBytes + k % 4 * kStepKMajor);
-      const uint64_t b_step = descriptor_step(b, k / 4 * BLOCK_N * kSlabBytes + k % 4 * kStepKMajor);
-      if (k == 0) Wgmma<Elem, BLOCK_N>::template ss_zero<0, 0>(x, a_step, b_step);
-      else Wgmma<Elem, BLOCK_N>::template ss<0, 0>(x, a_step, b_step);
+      const uint64_t a_step =
+          descriptor_step(a, k / 4 * BLOCK_M * kSlabBytes + k % 4 * kStepKMajor);
+      const uint64_t b_step =
+          descriptor_step(b, k / 4 * BLOCK_N * kSlabBytes + k % 4 * kStepKMajor);
+      if (k == 0)
+        Wgmma<Elem, BLOCK_N>::template ss_zero<0, 0>(x, a_step, b_step);
+      else
+        Wgmma<Elem, BLOCK_N>::template ss<0, 0>(x, a_step, b_step);
     }
     wgmma_commit();
   };
@@ -209,7 +225,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
     const QueryTile& t = plan.tile[tiles.stage()];
     const int query_block = uniform(t.query_block);
     if (query_block < 0) break;
-    const int key_end = uniform(t.key_end), seqlen_q = uniform(t.seqlen_q), seqlen_k = uniform(t.seqlen_k);
+    const int key_end = uniform(t.key_end), seqlen_q = uniform(t.seqlen_q),
+              seqlen_k = uniform(t.seqlen_k);
     int n = uniform(t.key_begin);
     const int query0 = query_block * BLOCK_M + 64 * g;
     const Mask mask{seqlen_k - seqlen_q, p.shape.window_left, p.shape.window_right};
@@ -222,20 +239,27 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = query0 + acc_row(thread, 2 * i);
-        const int64_t at = (int64_t(t.head_q) * p.shape.row_blocks + t.row_block + row / T::kStatRows) * T::kStatRows
-                           + statistics_slot(row % T::kStatRows);
-        neg_lse[i] = row < seqlen_q ? p.work.neg_lse[at] * (T::kSoftcap ? 1.f : p.shape.scale_log2) : -INFINITY;
+        const int64_t at =
+            (int64_t(t.head_q) * p.shape.row_blocks + t.row_block + row / T::kStatRows) *
+                T::kStatRows +
+            statistics_slot(row % T::kStatRows);
+        neg_lse[i] = row < seqlen_q ? p.work.neg_lse[at] * (T::kSoftcap ? 1.f : p.shape.scale_log2)
+                                    : -INFINITY;
         neg_delta[i] = row < seqlen_q ? p.work.neg_delta[at] : 0.f;
       }
       float s[T::kScoreRegs], dp[T::kScoreRegs];
       uint32_t ds16[T::kScoreRegs / 2];
       const auto scores = [&] {
         mbar_wait(bar(plan.k_full[k_ring.stage()]), k_ring.phase());
-        if (kPacked && n == cut_block) clear(plan.k[k_ring.stage()], T::kSlabsQK, BLOCK_N, seqlen_k % BLOCK_N);
-        mma_scores(s, q_rows, descriptor_step(k_tile, k_ring.stage() * T::kKBytes), Number<T::kDimQK>{});
+        if (kPacked && n == cut_block)
+          clear(plan.k[k_ring.stage()], T::kSlabsQK, BLOCK_N, seqlen_k % BLOCK_N);
+        mma_scores(s, q_rows, descriptor_step(k_tile, k_ring.stage() * T::kKBytes),
+                   Number<T::kDimQK>{});
         mbar_wait(bar(plan.v_full[v_ring.stage()]), v_ring.phase());
-        if (kPacked && n == cut_block) clear(plan.v[v_ring.stage()], T::kSlabsV, BLOCK_N, seqlen_k % BLOCK_N);
-        mma_scores(dp, do_rows, descriptor_step(v_tile, v_ring.stage() * T::kVBytes), Number<T::kDimV>{});
+        if (kPacked && n == cut_block)
+          clear(plan.v[v_ring.stage()], T::kSlabsV, BLOCK_N, seqlen_k % BLOCK_N);
+        mma_scores(dp, do_rows, descriptor_step(v_tile, v_ring.stage() * T::kVBytes),
+                   Number<T::kDimV>{});
       };
       // Scores to P, or with softcap to P (1 - x^2): the factor of dP - delta.
       const auto softmax = [&] {
@@ -243,7 +267,8 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
 #pragma unroll
           for (int i = 0; i < T::kScoreRegs; ++i) s[i] = tanh_approx(s[i] * p.shape.softcap_input);
         }
-        mask_rows<BLOCK_N, T::kRightBound, T::kLeftBound>(s, T::kSoftcap ? -1e18f : -INFINITY, mask, query0, n * BLOCK_N, seqlen_k);
+        mask_rows<BLOCK_N, T::kRightBound, T::kLeftBound>(s, T::kSoftcap ? -1e18f : -INFINITY, mask,
+                                                          query0, n * BLOCK_N, seqlen_k);
 #pragma unroll
         for (int i = 0; i < T::kScoreRegs; ++i) {
           const float x = s[i];
@@ -273,8 +298,9 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < BLOCK_N / 16; ++k)
-          Wgmma<Elem, T::kDimQK>::template rs<1>(dq, ds16[4 * k], ds16[4 * k + 1], ds16[4 * k + 2], ds16[4 * k + 3],
-                                                descriptor_step(keys, k * kStepMNMajor));
+          Wgmma<Elem, T::kDimQK>::template rs<1>(dq, ds16[4 * k], ds16[4 * k + 1], ds16[4 * k + 2],
+                                                 ds16[4 * k + 3],
+                                                 descriptor_step(keys, k * kStepMNMajor));
         wgmma_commit();
         if constexpr (decltype(is_last)::value) {
           arrive(plan.q_empty);
@@ -294,14 +320,16 @@ __global__ void __launch_bounds__(T::kThreads, 1) bwd_queries(const __grid_const
       step(Constant<true>{});
     }
     const int rows = seqlen_q - query0;
-    const int64_t at = t.batch * p.dq.stride_batch + int64_t(t.query_row + query0) * p.dq.stride_token
-                       + t.head_q * p.dq.stride_head;
+    const int64_t at = t.batch * p.dq.stride_batch +
+                       int64_t(t.query_row + query0) * p.dq.stride_token +
+                       t.head_q * p.dq.stride_head;
     const float scale = p.shape.softmax_scale;
     if (p.dq_fp32)
-      add_rows<T::kDimQK>(dq, scale, static_cast<float*>(p.dq.ptr) + at, p.dq.stride_token, rows, p.shape.head_dim_qk);
+      add_rows<T::kDimQK>(dq, scale, static_cast<float*>(p.dq.ptr) + at, p.dq.stride_token, rows,
+                          p.shape.head_dim_qk);
     else
-      store_rows<Elem, T::kDimQK>(dq, scale, static_cast<Elem*>(p.dq.ptr) + at, p.dq.stride_token, rows,
-                                  p.shape.head_dim_qk);
+      store_rows<Elem, T::kDimQK>(dq, scale, static_cast<Elem*>(p.dq.ptr) + at, p.dq.stride_token,
+                                  rows, p.shape.head_dim_qk);
     arrive(plan.tile_empty[tiles.stage()]);
     tiles.advance();
   }

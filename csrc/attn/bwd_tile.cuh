@@ -1,5 +1,6 @@
-// Pieces of the backward kernels that work on one tile: statistics into accumulators, masks, fragments to
-// shared and global memory. Accumulators of one thread as tile/layout.cuh lays them out (acc_row, acc_col).
+// Pieces of the backward kernels that work on one tile: statistics into accumulators, masks,
+// fragments to shared and global memory. Accumulators of one thread as tile/layout.cuh lays them
+// out (acc_row, acc_col).
 #pragma once
 #include "attn/bwd_params.cuh"
 #include "ptx/barrier.cuh"
@@ -15,7 +16,7 @@ namespace fa3 {
 
 constexpr int kSlabBytes = 128;  // one row of a slab: 64 16-bit elements, 128-byte swizzle
 constexpr int kSlabCols = 64;
-constexpr int kStepKMajor = 32;               // bytes from one 16-deep k-step to the next, K-major inside a slab
+constexpr int kStepKMajor = 32;  // bytes from one 16-deep k-step to the next, K-major inside a slab
 constexpr int kStepMNMajor = 16 * kSlabBytes;  // MN-major
 
 // Compile-time arguments of generic lambdas.
@@ -43,8 +44,8 @@ struct SingleRing {
   FA3_DEVICE void advance() { ++count; }
 };
 
-// Key tile number `index` of the launch into shared memory, field by field. Runs in one thread; the binary search
-// is over cumulative lengths.
+// Key tile number `index` of the launch into shared memory, field by field. Runs in one thread; the
+// binary search is over cumulative lengths.
 template <int BLOCK_M, int BLOCK_N, bool kPacked>
 FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
   const BwdShape& s = p.shape;
@@ -66,8 +67,10 @@ FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
     int b = 0, above = s.batch;  // the last b with first_block(b) <= key_block
     while (above - b > 1) {
       const int middle = (b + above) / 2;
-      if (first_block(__ldg(s.cu_seqlens_k + middle), middle, BLOCK_N) <= key_block) b = middle;
-      else above = middle;
+      if (first_block(__ldg(s.cu_seqlens_k + middle), middle, BLOCK_N) <= key_block)
+        b = middle;
+      else
+        above = middle;
     }
     const int query_row = __ldg(s.cu_seqlens_q + b), key_row = __ldg(s.cu_seqlens_k + b);
     t.batch = 0;
@@ -84,11 +87,13 @@ FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
   t.head_k = head_k;
   t.share = (head_q - head_k * (s.heads_q / s.heads_k)) / p.heads_per_tile;
   const int seqlen_q = t.seqlen_q, seqlen_k = t.seqlen_k;
-  t.staged = p.emit_dkv == kEmitRounded && (!kPacked || s.cu_seqlens_k == nullptr || (key_block + 1) * BLOCK_N <= seqlen_k);
+  t.staged = p.emit_dkv == kEmitRounded &&
+             (!kPacked || s.cu_seqlens_k == nullptr || (key_block + 1) * BLOCK_N <= seqlen_k);
   const Mask mask{seqlen_k - seqlen_q, s.window_left, s.window_right};
-  const BlockRange range = key_block * BLOCK_N < seqlen_k
-      ? query_blocks({BLOCK_M, BLOCK_N}, mask, key_block, ceil_div(seqlen_q, BLOCK_M))
-      : BlockRange{0, 0};  // a spare number of a packed sequence
+  const BlockRange range =
+      key_block * BLOCK_N < seqlen_k
+          ? query_blocks({BLOCK_M, BLOCK_N}, mask, key_block, ceil_div(seqlen_q, BLOCK_M))
+          : BlockRange{0, 0};  // a spare number of a packed sequence
   t.query_begin = range.begin;
   t.query_end = range.begin + range.size();
   t.steps = range.size() * p.heads_per_tile;
@@ -116,8 +121,10 @@ FA3_DEVICE void find_query_tile(const BwdKernelParams& p, int index, QueryTile& 
     int b = 0, above = s.batch;
     while (above - b > 1) {
       const int middle = (b + above) / 2;
-      if (first_block(__ldg(s.cu_seqlens_q + middle), middle, BLOCK_M) <= query_block) b = middle;
-      else above = middle;
+      if (first_block(__ldg(s.cu_seqlens_q + middle), middle, BLOCK_M) <= query_block)
+        b = middle;
+      else
+        above = middle;
     }
     const int query_row = __ldg(s.cu_seqlens_q + b), key_row = __ldg(s.cu_seqlens_k + b);
     t.batch = 0;
@@ -133,15 +140,16 @@ FA3_DEVICE void find_query_tile(const BwdKernelParams& p, int index, QueryTile& 
   t.head_k = head_q / (s.heads_q / s.heads_k);
   const int seqlen_q = t.seqlen_q, seqlen_k = t.seqlen_k;
   const Mask mask{seqlen_k - seqlen_q, s.window_left, s.window_right};
-  const BlockRange range = query_block * BLOCK_M < seqlen_q
-      ? key_blocks({BLOCK_M, BLOCK_N}, mask, query_block, ceil_div(seqlen_k, BLOCK_N))
-      : BlockRange{0, 0};
+  const BlockRange range =
+      query_block * BLOCK_M < seqlen_q
+          ? key_blocks({BLOCK_M, BLOCK_N}, mask, query_block, ceil_div(seqlen_k, BLOCK_N))
+          : BlockRange{0, 0};
   t.key_begin = range.begin;
   t.key_end = range.begin + range.size();
 }
 
-// Walks (query head, query block) of a tile. What changes every step is in registers: shared-memory reads would queue
-// behind the operand reads of the math warpgroups, hundreds of cycles each.
+// Walks (query head, query block) of a tile. What changes every step is in registers: shared-memory
+// reads would queue behind the operand reads of the math warpgroups, hundreds of cycles each.
 struct QueryWalk {
   const BwdShape& shape;
   const KeyTile& tile;
@@ -162,8 +170,9 @@ struct QueryWalk {
   }
 };
 
-// Statistics of the columns of a transposed score tile (statistics_slot order), four per 16 columns and thread; and
-// accumulators that start at them. Apart, because the loads take long while wgmma reads shared memory.
+// Statistics of the columns of a transposed score tile (statistics_slot order), four per 16 columns
+// and thread; and accumulators that start at them. Apart, because the loads take long while wgmma
+// reads shared memory.
 template <int N>
 FA3_DEVICE void load_columns(float4 (&columns)[N / 8], uint32_t statistics) {
   const int quad = threadIdx.x & 3;
@@ -186,10 +195,11 @@ FA3_DEVICE void start_at_columns(float (&acc)[N], uint32_t statistics) {
   spread_columns(acc, columns);
 }
 
-// Hides pairs of a transposed score tile (rows: 64 keys from key0, columns: query block m). Only tiles that a
-// bound or the end of the keys cuts are looked at.
+// Hides pairs of a transposed score tile (rows: 64 keys from key0, columns: query block m). Only
+// tiles that a bound or the end of the keys cuts are looked at.
 template <int BLOCK_M, bool kRight, bool kLeft>
-FA3_DEVICE void mask_transposed(float (&s)[BLOCK_M / 2], float hidden, Mask mask, int key0, int seqlen_k, int m) {
+FA3_DEVICE void mask_transposed(float (&s)[BLOCK_M / 2], float hidden, Mask mask, int key0,
+                                int seqlen_k, int m) {
   constexpr int kAlways = 1 << 30;
   const int quad2 = 2 * (threadIdx.x & 3), row = acc_row(threadIdx.x & 127, 0);
   const int query0 = m * BLOCK_M;
@@ -227,15 +237,17 @@ FA3_DEVICE void pack_all(const float (&x)[N], uint32_t (&out)[N / 2]) {
   for (int i = 0; i < N / 2; ++i) out[i] = pack2<Elem>(x[2 * i], x[2 * i + 1]);
 }
 
-// Rows [from, rows) of a swizzled tile become zero: a swizzle permutes inside a row, so whole rows need no map.
-// Packed sequences need it: TMA brought the next sequence's rows along, and 0 * NaN is NaN. kThreads: those that
-// take part, a power of two, aligned.
+// Rows [from, rows) of a swizzled tile become zero: a swizzle permutes inside a row, so whole rows
+// need no map. Packed sequences need it: TMA brought the next sequence's rows along, and 0 * NaN is
+// NaN. kThreads: those that take part, a power of two, aligned.
 template <int kThreads>
 FA3_DEVICE void clear_rows(uint32_t tile, int slabs, int rows, int from) {
-  const int thread = (current_thread_index() - kWarpgroupThreads) & (kThreads - 1);  // math begins after warpgroup 0
+  const int thread = (current_thread_index() - kWarpgroupThreads) &
+                     (kThreads - 1);  // math begins after warpgroup 0
   for (int slab = 0; slab < slabs; ++slab)
 #pragma unroll 1
-    for (int chunk = from * (kSlabBytes / 16) + thread; chunk < rows * (kSlabBytes / 16); chunk += kThreads)
+    for (int chunk = from * (kSlabBytes / 16) + thread; chunk < rows * (kSlabBytes / 16);
+         chunk += kThreads)
       sts128(tile + (slab * rows * kSlabBytes + chunk * 16), make_uint4(0, 0, 0, 0));
 }
 
@@ -248,15 +260,18 @@ FA3_DEVICE void quad_transpose(uint32_t (&v)[4], int q) {
       if (!(i & step)) {
         const uint32_t send = (q & step) ? v[i] : v[i + step];
         const uint32_t got = __shfl_xor_sync(0xffffffffu, send, step);
-        if (q & step) v[i] = got;
-        else v[i + step] = got;
+        if (q & step)
+          v[i] = got;
+        else
+          v[i + step] = got;
       }
 }
 
-// Rows of 64 x N accumulators, times `factor`, as 16-bit vectors of 8 columns: no shared memory, no overrun.
-// `dst`: row 0 of the tile; rows and cols bound what exists.
+// Rows of 64 x N accumulators, times `factor`, as 16-bit vectors of 8 columns: no shared memory, no
+// overrun. `dst`: row 0 of the tile; rows and cols bound what exists.
 template <class Elem, int N>
-FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t stride, int rows, int cols) {
+FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t stride, int rows,
+                           int cols) {
   const int thread = current_thread_index() & 127, quad = thread & 3, row = acc_row(thread, 0);
 #pragma unroll
   for (int u = 0; u < N / 32; ++u) {
@@ -273,14 +288,17 @@ FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t st
     if (col < cols) {
       Elem* const at = dst + row * stride + col;
       if (row < rows) *reinterpret_cast<uint4*>(at) = make_uint4(lo[0], lo[1], lo[2], lo[3]);
-      if (row + 8 < rows) *reinterpret_cast<uint4*>(at + 8 * stride) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
+      if (row + 8 < rows)
+        *reinterpret_cast<uint4*>(at + 8 * stride) = make_uint4(hi[0], hi[1], hi[2], hi[3]);
     }
   }
 }
 
-// The same, added to FP32 in global memory. Each element is added to once per call of this function.
+// The same, added to FP32 in global memory. Each element is added to once per call of this
+// function.
 template <int N>
-FA3_DEVICE void add_rows(const float* acc, float factor, float* dst, int64_t stride, int rows, int cols) {
+FA3_DEVICE void add_rows(const float* acc, float factor, float* dst, int64_t stride, int rows,
+                         int cols) {
   const int thread = current_thread_index() & 127, row = acc_row(thread, 0);
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {
@@ -294,7 +312,8 @@ FA3_DEVICE void add_rows(const float* acc, float factor, float* dst, int64_t str
   }
 }
 
-// 64 x N accumulators, times `factor`, into a swizzled 16-bit tile in shared memory: [N / 64 slabs][64 rows].
+// 64 x N accumulators, times `factor`, into a swizzled 16-bit tile in shared memory: [N / 64
+// slabs][64 rows].
 template <class Elem, int N>
 FA3_DEVICE void stage_rows(const float* acc, float factor, uint32_t tile) {
   const int thread = current_thread_index() & 127, row = stmatrix_row(thread);
@@ -302,15 +321,17 @@ FA3_DEVICE void stage_rows(const float* acc, float factor, uint32_t tile) {
   for (int j = 0; j < N / 16; ++j) {
     const float* c = acc + 8 * j;
     const int chunk = stmatrix_chunk(thread, j % 4);
-    stmatrix_x4(tile + j / 4 * 64 * kSlabBytes + row * kSlabBytes + ((chunk ^ (row & 7)) << 4),
-                pack2<Elem>(c[0] * factor, c[1] * factor), pack2<Elem>(c[2] * factor, c[3] * factor),
-                pack2<Elem>(c[4] * factor, c[5] * factor), pack2<Elem>(c[6] * factor, c[7] * factor));
+    stmatrix_x4(
+        tile + j / 4 * 64 * kSlabBytes + row * kSlabBytes + ((chunk ^ (row & 7)) << 4),
+        pack2<Elem>(c[0] * factor, c[1] * factor), pack2<Elem>(c[2] * factor, c[3] * factor),
+        pack2<Elem>(c[4] * factor, c[5] * factor), pack2<Elem>(c[6] * factor, c[7] * factor));
   }
 }
 
 // Partial sums: plain FP32 stores.
 template <int N>
-FA3_DEVICE void store_rows_fp32(const float* acc, float factor, float* dst, int64_t stride, int rows, int cols) {
+FA3_DEVICE void store_rows_fp32(const float* acc, float factor, float* dst, int64_t stride,
+                                int rows, int cols) {
   const int thread = current_thread_index() & 127, row = acc_row(thread, 0);
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {
@@ -318,24 +339,26 @@ FA3_DEVICE void store_rows_fp32(const float* acc, float factor, float* dst, int6
     float* const at = dst + row * stride + 8 * i + 2 * (thread & 3);
     if (8 * i < cols) {
       if (row < rows) *reinterpret_cast<float2*>(at) = make_float2(c[0] * factor, c[1] * factor);
-      if (row + 8 < rows) *reinterpret_cast<float2*>(at + 8 * stride) = make_float2(c[2] * factor, c[3] * factor);
+      if (row + 8 < rows)
+        *reinterpret_cast<float2*>(at + 8 * stride) = make_float2(c[2] * factor, c[3] * factor);
     }
   }
 }
 
 // dK or dV of `rows` keys from key0 of the tile's sequence on.
 template <class Elem, int N>
-FA3_DEVICE void emit_gradient(const float* acc, float factor, const GradTensor& g, int64_t share_stride, BwdEmit emit,
-                              const KeyTile& t, int key0, int rows, int cols) {
-  const int64_t at = t.batch * g.stride_batch + int64_t(t.key_row + key0) * g.stride_token
-                     + t.head_k * g.stride_head;
+FA3_DEVICE void emit_gradient(const float* acc, float factor, const GradTensor& g,
+                              int64_t share_stride, BwdEmit emit, const KeyTile& t, int key0,
+                              int rows, int cols) {
+  const int64_t at = t.batch * g.stride_batch + int64_t(t.key_row + key0) * g.stride_token +
+                     t.head_k * g.stride_head;
   if (emit == kEmitRounded)
     store_rows<Elem, N>(acc, factor, static_cast<Elem*>(g.ptr) + at, g.stride_token, rows, cols);
   else if (emit == kEmitAdded)
     add_rows<N>(acc, factor, static_cast<float*>(g.ptr) + at, g.stride_token, rows, cols);
   else
-    store_rows_fp32<N>(acc, factor, static_cast<float*>(g.ptr) + at + t.share * share_stride, g.stride_token, rows,
-                       cols);
+    store_rows_fp32<N>(acc, factor, static_cast<float*>(g.ptr) + at + t.share * share_stride,
+                       g.stride_token, rows, cols);
 }
 
 // In-order adding by several thread blocks: `turn` counts those that are done.
