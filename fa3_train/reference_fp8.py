@@ -6,7 +6,8 @@ What the kernels compute, with the same blocks and the same roundings, on any de
 
 and attention on such codes, key block by key block. Everything between the roundings is done in
 ``dtype`` (fp32 by default; fp64 gives the truth that kernels are held against: codes may differ by
-one e4m3 step where two results fall on different sides of a rounding boundary).
+one e4m3 step, and a descale by one of its 4-bit steps, where two results fall on different sides of
+a rounding boundary).
 
 Why rotate at all (FlashAttention-3, section 3.3, "incoherent processing"): M = diag(signs) H is
 orthogonal, so (Q M)(K M)^T = Q K^T, but M spreads an outlier over the whole row, and e4m3 has only
