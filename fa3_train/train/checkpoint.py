@@ -152,7 +152,7 @@ class Checkpointer:
         if needed > free:
             raise CheckpointError(
                 f"no space for the checkpoint of step {step}: it needs about "
-                f"{needed / 1e9:.3f} GB and {self.directory} has {free / 1e9:.3f} GB free"
+                f"{needed / 1e6:,.1f} MB and {self.directory} has {free / 1e6:,.1f} MB free"
             )
 
     def _write_rank_file(self, partial: Path) -> None:

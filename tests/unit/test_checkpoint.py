@@ -177,7 +177,7 @@ def test_never_starts_anew(finished, copy):
 def test_no_space_is_seen_before_writing(copy, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(CheckpointError, match=r"no space .* 0\.000 GB free.*untouched: step"):
+    with pytest.raises(CheckpointError, match=r"no space .* 0\.0 MB free.*untouched: step"):
         train(config(copy))
     assert steps_of(copy) == [4, 2]
 
