@@ -80,7 +80,7 @@ def emulated(q8, k8, v8, window, two_level, dtype):
 
 
 SHAPES = [  # batch, Sq, Sk, heads, groups
-    (1, 1, 1, 1, 1),
+    (2, 1, 1, 4, 2),
     (2, 200, 333, 2, 1),
     (1, 333, 200, 2, 2),
     (1, 130, 1000, 1, 1),
