@@ -2,7 +2,7 @@
 
 What "exact to one e4m3 step" means here: with the kernel's own descale (at least the block maximum
 over 448, at most 1.125 of it, 4 significant bits), every code is the fp64 result's or its
-neighbour, and it is the neighbour only near a rounding boundary, that is rarely.
+neighbour, and the neighbour only where that is as near to within fp32 rounding.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ BF16, FP16 = torch.bfloat16, torch.float16
 HEAD_DIMS = (64, 96, 128, 192, 256)
 PACKED = (5, 0, 128, 1, 300, 127, 0, 129)
 POSITIONS = 1500
-# Share of codes that may be the neighbour: results within fp32 rounding of a boundary.
-RARE = 2e-3
+# fp32 rounding of a sum, 1e-6 of the block's largest magnitude, in units of the descale; the
+# smallest step of e4m3 is 2e-3 of them.
+SLACK = 448 * 1e-6
 
 
 def seeded(*key: object) -> None:
@@ -77,9 +78,11 @@ def check_codes(codes, descale, truth, block, cu, rows) -> None:
     wanted = fp8.quantize_with(truth, scale)[..., :rows, :, :]
     got = codes[..., :rows, :, :]
     assert not got.float().isnan().any()
-    step = (ordinal(got) - ordinal(wanted)).abs()
-    assert int(step.max()) <= 1
-    assert step.double().mean().item() < RARE
+    assert int((ordinal(got) - ordinal(wanted)).abs().max()) <= 1
+    # A neighbour only where it is as near: 16-bit inputs over 4-bit scales often lie halfway.
+    scale, exact = scale[..., :rows, :, :], truth[..., :rows, :, :]
+    found, best = ((c.double() * scale - exact).abs() for c in (got, wanted))
+    assert (found <= best + SLACK * scale).all()
 
 
 def run(xs, stages, where, **kw):

@@ -68,10 +68,12 @@ for dim, dtype, (lead, starts), mask, inter in itertools.product(
             ratio = descale.double() / expected.double()
             assert ((ratio > 0.88) & (ratio < 1.126)).all(), name
             scale = fp8.descale_of_rows(descale.double(), truth, 128, starts)
-            step = (ordinal(outs[i]) - ordinal(fp8.quantize_with(truth, scale))).abs()
-            assert int(step.max()) <= 1 and step.double().mean() < 5e-3, (
-                name, int(step.max()), step.double().mean().item()
-            )
+            wanted = fp8.quantize_with(truth, scale)
+            step = (ordinal(outs[i]) - ordinal(wanted)).abs()
+            assert int(step.max()) <= 1, (name, int(step.max()))
+            # bf16 high and low parts: 2^-17 of each rotated element
+            found, best = ((c.double() * scale - truth).abs() for c in (outs[i], wanted))
+            assert (found <= best + 448 * 8e-6 * scale).all(), name
         count += 1
 print("cases", count)
 """
