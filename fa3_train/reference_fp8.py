@@ -188,7 +188,7 @@ def quantize_blocks(
     per_row = descale.gather(-1, where).transpose(-1, -2).unsqueeze(-1)
     codes = (x / per_row).clamp(-E4M3_MAX, E4M3_MAX)
     codes = torch.where((slot < 0)[:, None, None], 0.0, codes).float().to(E4M3)
-    return codes, descale[..., :slots].float()
+    return codes, descale[..., :slots].float().contiguous()
 
 
 def quantize_with(x: Tensor, descale: Tensor | float) -> Tensor:

@@ -131,7 +131,7 @@ struct Fp8Shared {
   alignas(1024) uint8_t out[T::kWarpgroups * kWarpgroupWarps][T::kOutWarpBytes];
   Fp8Work work[kFp8WorkSlots];
   Fp8BlockScale scale[T::kKStages];
-  // full: producer -> consumer; empty: consumer -> producer. Arrivals per phase in Fp8Barriers.
+  // full: producer -> consumer; empty: consumer -> producer. Arrivals per phase: where the kernel initialises them.
   uint64_t q_full[T::kWarpgroups], q_empty[T::kWarpgroups];
   uint64_t k_full[T::kKStages], k_empty[T::kKStages];
   uint64_t raw_full[T::kRawStages], raw_empty[T::kRawStages];

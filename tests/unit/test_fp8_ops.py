@@ -69,6 +69,13 @@ def test_broken_rules_name_the_argument(change, message) -> None:
             call(*tensors, scales)
 
 
+def test_the_quantizer_makes_what_the_op_takes() -> None:
+    data = [reference_fp8.quantize_blocks(torch.randn(2, 300, h, 64)) for h in (4, 2, 2)]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        tensors, scales = zip(*[[mode.from_tensor(y) for y in x] for x in data], strict=True)
+        assert call(*tensors, scales, lengths=(300, 300))[0].shape == (2, 300, 4, 64)
+
+
 def test_head_dims() -> None:
     with FakeTensorMode():
         for dim, ok in ((16, True), (80, True), (256, True), (24, False), (272, False)):
