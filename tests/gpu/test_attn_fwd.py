@@ -328,5 +328,5 @@ def test_ablation_of_what_has_no_such_kernel_is_refused() -> None:
 def test_bad_values_reach_an_error_message() -> None:
     """Below the Python checks the library has its own: a message with argument, rule, value."""
     q = torch.randn(1, 64, 2, 64, device="cuda", dtype=BF16)
-    with pytest.raises(_lib.InvalidArgument, match=r"softmax_scale must be positive.*got -1"):
+    with pytest.raises(_lib.LibraryError, match=r"softmax_scale must be positive.*got -1"):
         torch.ops.fa3_train.attn_fwd(q, q, q, None, None, None, 64, 64, -1.0, False, -1, -1, 0.0)
