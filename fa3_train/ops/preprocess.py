@@ -111,10 +111,12 @@ class _Transform(torch.autograd.Function):
         there = [i for i, g in enumerate(grads) if g is not None]
         result: list[Tensor | None] = [None] * len(grads)
         if there:
-            back = _Transform.apply(
-                [stages[i] for i in there], cos, sin, signs, position_ids, cu_seqlens, interleaved,
-                not inverse, *(grads[i] for i in there),
-            )  # fmt: skip
+            some = [grads[i] for i in there]
+            request = ([stages[i] for i in there], cos, sin, signs, position_ids, cu_seqlens)
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                back = _Transform.apply(*request, interleaved, not inverse, *some)
+            else:  # no second order asked for; dynamo cannot trace a Function inside a backward
+                back = torch.ops.fa3_train.prep(some, *request, interleaved, not inverse)
             for i, g in zip(there, back, strict=True):
                 result[i] = g
         return (*(None,) * 8, *result)
