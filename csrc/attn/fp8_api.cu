@@ -11,41 +11,55 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kHeadDimMultiple = 16;  // 16-byte rows of e4m3
 constexpr int kUnroundedSum = 1;      // options, for ablations: Fp8Sums::TwoLevelUnrounded
 
-// By sizes alone, so that it may be asked for before the pointers are known. (Dense calls leave the prefix unused.)
+// By sizes alone, so that it may be asked for before the pointers are known. (Dense calls leave the
+// prefix unused.)
 int64_t workspace_bytes(const fa3_attn_fp8_fwd_params& a) {
   return (kFp8PrefixOffset + int64_t(a.batch) + 1) * int64_t(sizeof(int32_t));
 }
 
 int check(const fa3_attn_fp8_fwd_params& a) {
-  const struct { const char* name; int64_t value, least; } sizes[] = {
-      {"batch", a.batch, 0},     {"seqlen_q", a.seqlen_q, 0}, {"seqlen_k", a.seqlen_k, 0}, {"total_q", a.total_q, 0},
-      {"total_k", a.total_k, 0}, {"heads_q", a.heads_q, 1},   {"heads_k", a.heads_k, 1},   {"head_dim_qk", a.head_dim_qk, 1}};
+  const struct {
+    const char* name;
+    int64_t value, least;
+  } sizes[] = {{"batch", a.batch, 0},       {"seqlen_q", a.seqlen_q, 0},
+               {"seqlen_k", a.seqlen_k, 0}, {"total_q", a.total_q, 0},
+               {"total_k", a.total_k, 0},   {"heads_q", a.heads_q, 1},
+               {"heads_k", a.heads_k, 1},   {"head_dim_qk", a.head_dim_qk, 1}};
   for (const auto& s : sizes)
     if (s.value < s.least)
       return fail(FA3_INVALID_ARGUMENT, "%s: %s must be at least %lld, got %lld", kName, s.name,
                   static_cast<long long>(s.least), static_cast<long long>(s.value));
   if (a.heads_q % a.heads_k != 0)
-    return fail(FA3_INVALID_ARGUMENT, "%s: heads_q must be a multiple of heads_k, got %d and %d", kName, a.heads_q, a.heads_k);
+    return fail(FA3_INVALID_ARGUMENT, "%s: heads_q must be a multiple of heads_k, got %d and %d",
+                kName, a.heads_q, a.heads_k);
   if (a.head_dim_v != a.head_dim_qk)
-    return fail(FA3_UNSUPPORTED, "%s: head_dim_v must equal head_dim_qk, got %d and %d", kName, a.head_dim_v, a.head_dim_qk);
+    return fail(FA3_UNSUPPORTED, "%s: head_dim_v must equal head_dim_qk, got %d and %d", kName,
+                a.head_dim_v, a.head_dim_qk);
   if (a.head_dim_qk > kMaxHeadDim || a.head_dim_qk % kHeadDimMultiple != 0)
-    return fail(FA3_UNSUPPORTED, "%s: head_dim must be a multiple of %d up to %d, got %d", kName, kHeadDimMultiple,
-                kMaxHeadDim, a.head_dim_qk);
+    return fail(FA3_UNSUPPORTED, "%s: head_dim must be a multiple of %d up to %d, got %d", kName,
+                kHeadDimMultiple, kMaxHeadDim, a.head_dim_qk);
   if (a.out_dtype != FA3_BF16 && a.out_dtype != FA3_FP16)
-    return fail(FA3_INVALID_ARGUMENT, "%s: out_dtype must be bf16 or fp16, got %s (%d)", kName, dtype_name(a.out_dtype), a.out_dtype);
+    return fail(FA3_INVALID_ARGUMENT, "%s: out_dtype must be bf16 or fp16, got %s (%d)", kName,
+                dtype_name(a.out_dtype), a.out_dtype);
   if (!(a.softmax_scale > 0.f) || !std::isfinite(a.softmax_scale))
-    return fail(FA3_INVALID_ARGUMENT, "%s: softmax_scale must be positive and finite, got %g", kName, a.softmax_scale);
+    return fail(FA3_INVALID_ARGUMENT, "%s: softmax_scale must be positive and finite, got %g",
+                kName, a.softmax_scale);
   if ((a.cu_seqlens_q == nullptr) != (a.cu_seqlens_k == nullptr))
-    return fail(FA3_INVALID_ARGUMENT, "%s: cu_seqlens_q and cu_seqlens_k must both be given or both be NULL, got %p and %p",
-                kName, static_cast<const void*>(a.cu_seqlens_q), static_cast<const void*>(a.cu_seqlens_k));
+    return fail(
+        FA3_INVALID_ARGUMENT,
+        "%s: cu_seqlens_q and cu_seqlens_k must both be given or both be NULL, got %p and %p",
+        kName, static_cast<const void*>(a.cu_seqlens_q), static_cast<const void*>(a.cu_seqlens_k));
   if (a.window_left < -1 || a.window_right < -1)
-    return fail(FA3_INVALID_ARGUMENT, "%s: window_left and window_right must be at least -1 (unbounded), got %d and %d", kName,
-                a.window_left, a.window_right);
+    return fail(FA3_INVALID_ARGUMENT,
+                "%s: window_left and window_right must be at least -1 (unbounded), got %d and %d",
+                kName, a.window_left, a.window_right);
   if (a.two_level != 0 && a.two_level != 1)
     return fail(FA3_INVALID_ARGUMENT, "%s: two_level must be 0 or 1, got %d", kName, a.two_level);
   if (a.options != 0 && !(a.options == kUnroundedSum && a.two_level))
-    return fail(FA3_UNSUPPORTED, "%s: options must be 0, or %d (row sum of unrounded P) with two_level = 1, got %d and %d",
-                kName, kUnroundedSum, a.options, a.two_level);
+    return fail(
+        FA3_UNSUPPORTED,
+        "%s: options must be 0, or %d (row sum of unrounded P) with two_level = 1, got %d and %d",
+        kName, kUnroundedSum, a.options, a.two_level);
   return FA3_OK;
 }
 

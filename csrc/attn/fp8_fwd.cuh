@@ -1,22 +1,26 @@
 // FP8 (e4m3) attention forward for Hopper: O = softmax(scale Q K^T) V and its log-sum-exp.
 //
-//   q (.., Sq, H, D), k, v (.., Sk, Hkv, D) e4m3 with one FP32 descale per 128 tokens and head; out 16-bit, lse FP32.
-//   Element values are q sq, k sk, v sv. FlashAttention-3 (Shah et al., 2024), section 3.3, with block scales applied
-//   inside the kernel and sums of P V that stay exact over any number of keys.
+//   q (.., Sq, H, D), k, v (.., Sk, Hkv, D) e4m3 with one FP32 descale per 128 tokens and head; out
+//   16-bit, lse FP32. Element values are q sq, k sk, v sv. FlashAttention-3 (Shah et al., 2024),
+//   section 3.3, with block scales applied inside the kernel and sums of P V that stay exact over
+//   any number of keys.
 //
 // Block scales. With c = scale log2(e) sq sk and b = log2 sv the kernel computes
 //     p' = 2^(S c + b - m + kOffset) = p sv,   m = running maximum of S c + b,   l += 2^-b sum(p').
-// V's scale is a bias of the scores: P V needs no unit, m follows what a key can contribute to O, and only the row sum has
-// to take b back. kOffset puts the largest p' at 2^8 of the 448 that e4m3 holds.
+// V's scale is a bias of the scores: P V needs no unit, m follows what a key can contribute to O,
+// and only the row sum has to take b back. kOffset puts the largest p' at 2^8 of the 448 that e4m3
+// holds.
 //
-// Two levels. The FP8 tensor core keeps 14 bits of a sum and cuts towards zero, a bias that grows with the context
-// (docs/fp8.md). So each block's P V starts from zero in T, and O = O alpha + T is done in FP32: alpha is the rescale that
-// the online softmax needs anyway. What bias is left in one block, and the mean error of rounding P, is
-// taken out by the row sum: it is one more column of P V, over a V of kFp8OnesValue, and suffers the same.
+// Two levels. The FP8 tensor core keeps 14 bits of a sum and cuts towards zero, a bias that grows
+// with the context (docs/fp8.md). So each block's P V starts from zero in T, and O = O alpha + T is
+// done in FP32: alpha is the rescale that the online softmax needs anyway. What bias is left in one
+// block, and the mean error of rounding P, is taken out by the row sum: it is one more column of P
+// V, over a V of kFp8OnesValue, and suffers the same.
 //
-// Threads: warpgroup 0 loads and transposes (fp8_produce.cuh). Warpgroups 1.. own 64 query rows each and take turns at the
-// tensor cores: a turn is P V of block n, the promotion, and Q K^T of block n + 1, whose S takes the registers of T. The
-// softmax of a warpgroup runs during the turns of the others.
+// Threads: warpgroup 0 loads and transposes (fp8_produce.cuh). Warpgroups 1.. own 64 query rows
+// each and take turns at the tensor cores: a turn is P V of block n, the promotion, and Q K^T of
+// block n + 1, whose S takes the registers of T. The softmax of a warpgroup runs during the turns
+// of the others.
 #pragma once
 #include "attn/fp8_produce.cuh"
 #include "attn/fp8_softmax.cuh"
@@ -25,16 +29,18 @@
 namespace fa3 {
 
 constexpr float kFp8Offset = 8.f;
-constexpr float kFp8OnesValue = 1.875f;  // four significant bits: its products are cut as those of V are
+constexpr float kFp8OnesValue =
+    1.875f;  // four significant bits: its products are cut as those of V are
 constexpr float kLn2 = 0.6931471805599453f;
 
 // ---- consumer: one warpgroup -----------------------------------------------------------------
 template <class T>
 struct Fp8Consumer {
   using Shared = Fp8Shared<T>;
-  static constexpr uint64_t kRowForm = descriptor_form<T::kWidth>(16);  // Q, K: rows of kWidth bytes
-  static constexpr uint64_t kVtForm = descriptor_form<128>(16);         // Vt: rows of 128 keys
-  static constexpr int kStepBytes = 32;                                 // one k-step: 32 elements of e4m3
+  static constexpr uint64_t kRowForm =
+      descriptor_form<T::kWidth>(16);                            // Q, K: rows of kWidth bytes
+  static constexpr uint64_t kVtForm = descriptor_form<128>(16);  // Vt: rows of 128 keys
+  static constexpr int kStepBytes = 32;                          // one k-step: 32 elements of e4m3
   static constexpr int kStepsPerSlab = T::kWidth / kStepBytes;
 
   static constexpr float kUnit = T::kSumByProduct ? kFp8OnesValue : 1.f;
@@ -44,7 +50,8 @@ struct Fp8Consumer {
   const int group, warp, lane;
 
   float o[T::kValueParts][T::kValueColumns / 2];
-  float t[T::kTwoLevel ? T::kLastColumns / 2 : 1];     // P V of one block: the last part, with the sum of P
+  float t[T::kTwoLevel ? T::kLastColumns / 2
+                       : 1];  // P V of one block: the last part, with the sum of P
   float t_before[T::kTwoLevel ? T::kValueColumns / 2 : 1];  // the parts before it
   float s[T::kBlockN / 2];
   uint32_t probability[T::kBlockN / 8];
@@ -59,18 +66,24 @@ struct Fp8Consumer {
   Ring<kFp8WorkSlots> slot;
 
   FA3_DEVICE Fp8Consumer(const Fp8FwdKernelParams& params, uint32_t base, int warpgroup)
-      : p(params), smem(base), group(warpgroup), warp(uniform(threadIdx.x % kWarpgroupThreads / kWarpThreads)),
+      : p(params),
+        smem(base),
+        group(warpgroup),
+        warp(uniform(threadIdx.x % kWarpgroupThreads / kWarpThreads)),
         lane(threadIdx.x % kWarpThreads) {}
 
   // ---- barriers
   FA3_DEVICE void arrive(uint32_t bar) const {  // once per warp
     if (lane == 0) mbar_arrive(bar);
   }
-  FA3_DEVICE void wait_keys() const { mbar_wait(smem + offsetof(Shared, k_full) + 8 * k.stage, k.phase); }
+  FA3_DEVICE void wait_keys() const {
+    mbar_wait(smem + offsetof(Shared, k_full) + 8 * k.stage, k.phase);
+  }
   FA3_DEVICE void read_scales() {
     const uint4 x = lds128(smem + offsetof(Shared, scale) + sizeof(Fp8BlockScale) * k.stage);
     const float product = q_scale * __uint_as_float(x.x);
-    // Zero would turn a masked -inf into NaN; above 1e30 finite scores could become infinite, in either direction.
+    // Zero would turn a masked -inf into NaN; above 1e30 finite scores could become infinite, in
+    // either direction.
     c = product < 1e30f ? fmaxf(product, 1e-36f) : NAN;
     bias = __uint_as_float(x.y);
     unbias = __uint_as_float(x.z);
@@ -79,39 +92,48 @@ struct Fp8Consumer {
     arrive(smem + offsetof(Shared, k_empty) + 8 * k.stage);
     k.advance();
   }
-  FA3_DEVICE void wait_values() const { mbar_wait(smem + offsetof(Shared, vt_full) + 8 * v.stage, v.phase); }
+  FA3_DEVICE void wait_values() const {
+    mbar_wait(smem + offsetof(Shared, vt_full) + 8 * v.stage, v.phase);
+  }
   FA3_DEVICE void release_values() {
     arrive(smem + offsetof(Shared, vt_empty) + 8 * v.stage);
     v.advance();
   }
   FA3_DEVICE void wait_turn() const { named_sync(kFp8BarTurn + group, 2 * kWarpgroupThreads); }
   FA3_DEVICE void pass_turn() const {
-    named_arrive(kFp8BarTurn + (group + 1 == T::kWarpgroups ? 0 : group + 1), 2 * kWarpgroupThreads);
+    named_arrive(kFp8BarTurn + (group + 1 == T::kWarpgroups ? 0 : group + 1),
+                 2 * kWarpgroupThreads);
   }
 
   // The tile at hand stays in shared memory: its fields would cost registers in the loop.
-  FA3_DEVICE uint32_t work_slot() const { return smem + offsetof(Shared, work) + sizeof(Fp8Work) * slot.stage; }
+  FA3_DEVICE uint32_t work_slot() const {
+    return smem + offsetof(Shared, work) + sizeof(Fp8Work) * slot.stage;
+  }
   FA3_DEVICE int work(size_t field) const { return uniform(lds32(work_slot() + uint32_t(field))); }
 
   // ---- products (asynchronous)
   FA3_DEVICE void issue_scores() {
-    const uint64_t a = descriptor_at(kRowForm, smem + offsetof(Shared, q)) + group * (T::kQBytes >> 4);
-    const uint64_t b = descriptor_at(kRowForm, smem + offsetof(Shared, k)) + k.stage * (T::kKBytes >> 4);
+    const uint64_t a =
+        descriptor_at(kRowForm, smem + offsetof(Shared, q)) + group * (T::kQBytes >> 4);
+    const uint64_t b =
+        descriptor_at(kRowForm, smem + offsetof(Shared, k)) + k.stage * (T::kKBytes >> 4);
     using Mma = Wgmma<e4m3, T::kBlockN>;
 #pragma unroll
     for (int i = 0; i < T::kHeadDim / kStepBytes; ++i) {
       const int slab = i / kStepsPerSlab, inside = i % kStepsPerSlab * kStepBytes;
       const uint64_t ai = descriptor_step(a, slab * kWarpgroupRows * T::kWidth + inside);
       const uint64_t bi = descriptor_step(b, slab * T::kBlockN * T::kWidth + inside);
-      if (i == 0) Mma::ss_zero(s, ai, bi);
-      else Mma::ss(s, ai, bi);
+      if (i == 0)
+        Mma::ss_zero(s, ai, bi);
+      else
+        Mma::ss(s, ai, bi);
     }
     wgmma_commit();
   }
   template <int kPart>
   FA3_DEVICE void issue_values() {
-    const uint64_t b = descriptor_at(kVtForm, smem + offsetof(Shared, vt)) + v.stage * (T::kVtBytes >> 4) +
-                       kPart * (T::kValueColumns * T::kBlockN >> 4);
+    const uint64_t b = descriptor_at(kVtForm, smem + offsetof(Shared, vt)) +
+                       v.stage * (T::kVtBytes >> 4) + kPart * (T::kValueColumns * T::kBlockN >> 4);
 #pragma unroll
     for (int i = 0; i < T::kBlockN / kStepBytes; ++i) {
       const uint32_t* a = probability + 4 * i;
@@ -120,12 +142,16 @@ struct Fp8Consumer {
         Wgmma<e4m3, T::kValueColumns>::rs(o[kPart], a[0], a[1], a[2], a[3], bi);
       } else if constexpr (kPart + 1 < T::kValueParts) {
         using Mma = Wgmma<e4m3, T::kValueColumns>;
-        if (i == 0) Mma::rs_zero(t_before, a[0], a[1], a[2], a[3], bi);
-        else Mma::rs(t_before, a[0], a[1], a[2], a[3], bi);
+        if (i == 0)
+          Mma::rs_zero(t_before, a[0], a[1], a[2], a[3], bi);
+        else
+          Mma::rs(t_before, a[0], a[1], a[2], a[3], bi);
       } else {
         using Mma = Wgmma<e4m3, T::kLastColumns>;
-        if (i == 0) Mma::rs_zero(t, a[0], a[1], a[2], a[3], bi);
-        else Mma::rs(t, a[0], a[1], a[2], a[3], bi);
+        if (i == 0)
+          Mma::rs_zero(t, a[0], a[1], a[2], a[3], bi);
+        else
+          Mma::rs(t, a[0], a[1], a[2], a[3], bi);
       }
     }
     wgmma_commit();
@@ -136,24 +162,29 @@ struct Fp8Consumer {
     if constexpr (kPart + 1 < T::kValueParts) {
       pin(t_before);
 #pragma unroll
-      for (int r = 0; r < kRegisters; ++r) o[kPart][r] = fmaf(o[kPart][r], alpha[(r >> 1) & 1], t_before[r]);
+      for (int r = 0; r < kRegisters; ++r)
+        o[kPart][r] = fmaf(o[kPart][r], alpha[(r >> 1) & 1], t_before[r]);
     } else {
       pin(t);
 #pragma unroll
-      for (int r = 0; r < kRegisters; ++r) o[kPart][r] = fmaf(o[kPart][r], alpha[(r >> 1) & 1], t[r]);
+      for (int r = 0; r < kRegisters; ++r)
+        o[kPart][r] = fmaf(o[kPart][r], alpha[(r >> 1) & 1], t[r]);
 #pragma unroll
-      for (int i = 0; T::kSumByProduct && i < 2; ++i) l[i] = fmaf(t[T::kLastColumns / 2 - 4 + 2 * i], unbias, l[i]);
+      for (int i = 0; T::kSumByProduct && i < 2; ++i)
+        l[i] = fmaf(t[T::kLastColumns / 2 - 4 + 2 * i], unbias, l[i]);
     }
     pin(o[kPart]);
   }
 
-  // A turn at the tensor cores: P V of this block, then (kNext) Q K^T of the next one, whose S takes the registers of T.
+  // A turn at the tensor cores: P V of this block, then (kNext) Q K^T of the next one, whose S
+  // takes the registers of T.
   template <bool kNext>
   FA3_DEVICE void turn() {
     wait_turn();
     value_parts<0>();
     if constexpr (kNext) {
-      wait_keys();  // a branch: without one ptxas adds T to O after the issue, and S no longer fits in the place of T
+      wait_keys();  // a branch: without one ptxas adds T to O after the issue, and S no longer fits
+                    // in the place of T
       wgmma_fence();
       issue_scores();
     }
@@ -199,8 +230,9 @@ struct Fp8Consumer {
     }
     l[0] *= alpha[0];
     l[1] *= alpha[1];
-    // The sum of the rounded p' comes with P V (promote). It must not where the block's V is small beside that of blocks
-    // before: such p' lie near the end of e4m3 and do not matter to O, but they do to the row sum.
+    // The sum of the rounded p' comes with P V (promote). It must not where the block's V is small
+    // beside that of blocks before: such p' lie near the end of e4m3 and do not matter to O, but
+    // they do to the row sum.
     constexpr float kSmallOctaves = 3.f;
     const bool exact_sum = !T::kSumByProduct || !(bias >= top_bias - kSmallOctaves);
     if constexpr (T::kSumByProduct) top_bias = fmaxf(top_bias, bias);
@@ -263,12 +295,15 @@ struct Fp8Consumer {
     {
       const Fp8Work w = load_work(work_slot());
       const int row = w.row0 + group * kWarpgroupRows;
-      mine = key_blocks(visible_keys(row, kWarpgroupRows, w.len_q, w.len_k, p.window_left, p.window_right));
+      mine = key_blocks(
+          visible_keys(row, kWarpgroupRows, w.len_q, w.len_k, p.window_left, p.window_right));
       whole = unmasked_blocks(row, kWarpgroupRows, w.len_q, w.len_k, p.window_left, p.window_right);
       if (mine.begin < mine.end)
-        q_scale = p.scale_log2 * checked_descale(__ldg(p.q_descale + w.scale_q + row / kFp8ScaleBlock));
+        q_scale =
+            p.scale_log2 * checked_descale(__ldg(p.q_descale + w.scale_q + row / kFp8ScaleBlock));
     }
-    const int tile_begin = work(offsetof(Fp8Work, block_begin)), tile_end = work(offsetof(Fp8Work, block_end));
+    const int tile_begin = work(offsetof(Fp8Work, block_begin)),
+              tile_end = work(offsetof(Fp8Work, block_end));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       m[i] = -INFINITY;
@@ -326,9 +361,12 @@ struct Fp8Consumer {
         p.lse[(int64_t(w.batch) * p.heads_q + w.head) * p.lse_rows + w.token_q + row] =
             empty ? -INFINITY : fmaf(m[i] - kFp8Offset, kLn2, logf(sum));
     }
-    // 64 columns at a time through 2 KB of the warp's own, so that 8 lanes write 128 contiguous bytes.
-    const uint32_t buffer = smem + offsetof(Shared, out) + T::kOutWarpBytes * (group * kWarpgroupWarps + warp);
-    uint8_t* out = p.out + 2 * (w.batch * p.out_stride_batch + int64_t(w.token_q + warp_row) * p.out_stride_token +
+    // 64 columns at a time through 2 KB of the warp's own, so that 8 lanes write 128 contiguous
+    // bytes.
+    const uint32_t buffer =
+        smem + offsetof(Shared, out) + T::kOutWarpBytes * (group * kWarpgroupWarps + warp);
+    uint8_t* out = p.out + 2 * (w.batch * p.out_stride_batch +
+                                int64_t(w.token_q + warp_row) * p.out_stride_token +
                                 w.head * p.out_stride_head);
     const int row = lane / 4, quad = lane % 4;
     constexpr int kPerPass = 4;  // groups of 16 columns
@@ -340,13 +378,17 @@ struct Fp8Consumer {
         const int j = pass * kPerPass + u;
         if (j >= T::kHeadDim / 16) break;
         constexpr int kGroups = T::kValueColumns / 16;
-        const float(&x)[T::kValueColumns / 2] = o[j / kGroups];
+        const float (&x)[T::kValueColumns / 2] = o[j / kGroups];
         const int r0 = 8 * (j % kGroups);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const uint32_t at = buffer + (row + 8 * i) * 128 + (((2 * u + quad / 2) ^ row) << 4) + (quad & 1) * 8;
-          sts64(at, pack2<Out>(x[r0 + o_register(i, 0)] * inverse[i], x[r0 + o_register(i, 1)] * inverse[i]),
-                pack2<Out>(x[r0 + o_register(i, 2)] * inverse[i], x[r0 + o_register(i, 3)] * inverse[i]));
+          const uint32_t at =
+              buffer + (row + 8 * i) * 128 + (((2 * u + quad / 2) ^ row) << 4) + (quad & 1) * 8;
+          sts64(at,
+                pack2<Out>(x[r0 + o_register(i, 0)] * inverse[i],
+                           x[r0 + o_register(i, 1)] * inverse[i]),
+                pack2<Out>(x[r0 + o_register(i, 2)] * inverse[i],
+                           x[r0 + o_register(i, 3)] * inverse[i]));
         }
       }
       __syncwarp();
@@ -366,8 +408,10 @@ struct Fp8Consumer {
       mbar_wait(smem + offsetof(Shared, work_full) + 8 * slot.stage, slot.phase);
       if (work(offsetof(Fp8Work, row0)) < 0) break;
       attend();
-      if (p.out_is_fp16) store<fp16>();
-      else store<bf16>();
+      if (p.out_is_fp16)
+        store<fp16>();
+      else
+        store<bf16>();
       arrive(smem + offsetof(Shared, work_empty) + 8 * slot.stage);
       slot.advance();
     }
@@ -376,7 +420,8 @@ struct Fp8Consumer {
 
 // ---- kernel ----------------------------------------------------------------------------------
 template <class T>
-__global__ void __launch_bounds__(T::kThreads, 1) fp8_fwd_kernel(const __grid_constant__ Fp8FwdKernelParams p) {
+__global__ void __launch_bounds__(T::kThreads, 1)
+    fp8_fwd_kernel(const __grid_constant__ Fp8FwdKernelParams p) {
   using Shared = Fp8Shared<T>;
   extern __shared__ __align__(kSharedAlignment) uint8_t shared_bytes[];
   const uint32_t smem = smem_addr(shared_bytes);
@@ -415,8 +460,10 @@ __global__ void __launch_bounds__(T::kThreads, 1) fp8_fwd_kernel(const __grid_co
   if (warpgroup == 0) {
     registers_release<T::kProducerRegisters>();
     const int warp = uniform(threadIdx.x / kWarpThreads);
-    if (warp > 0) transpose_values<T>(p, smem, warp - 1);
-    else if (elect_one()) feed<T>(p, smem);
+    if (warp > 0)
+      transpose_values<T>(p, smem, warp - 1);
+    else if (elect_one())
+      feed<T>(p, smem);
   } else {
     registers_claim<T::kConsumerRegisters>();
     Fp8Consumer<T>(p, smem, warpgroup - 1).run();

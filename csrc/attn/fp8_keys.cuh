@@ -1,7 +1,8 @@
-// FP8 forward: which key blocks a tile of query rows needs, and which of those need no mask. Integer arithmetic only:
-// tests/unit compares it with the mask itself.
+// FP8 forward: which key blocks a tile of query rows needs, and which of those need no mask.
+// Integer arithmetic only: tests/unit compares it with the mask itself.
 //
-// With shift = len_k - len_q, row i sees key j iff i + shift - window_left <= j <= i + shift + window_right and j < len_k.
+// With shift = len_k - len_q, row i sees key j iff i + shift - window_left <= j <= i + shift +
+// window_right and j < len_k.
 #pragma once
 #include "ptx/types.cuh"
 
@@ -15,7 +16,8 @@ struct KeyRange {
 };
 
 // Keys that at least one of the rows [row, row + rows) sees.
-FA3_HD KeyRange visible_keys(int row, int rows, int len_q, int len_k, int window_left, int window_right) {
+FA3_HD KeyRange visible_keys(int row, int rows, int len_q, int len_k, int window_left,
+                             int window_right) {
   const int shift = len_k - len_q;
   const int last = (row + rows < len_q ? row + rows : len_q) - 1;
   const int right = last + shift + window_right + 1;
@@ -30,7 +32,8 @@ FA3_HD KeyRange key_blocks(KeyRange keys) {
 }
 
 // Key blocks [begin, end) that all rows [row, row + rows) see whole: they need no mask.
-FA3_HD KeyRange unmasked_blocks(int row, int rows, int len_q, int len_k, int window_left, int window_right) {
+FA3_HD KeyRange unmasked_blocks(int row, int rows, int len_q, int len_k, int window_left,
+                                int window_right) {
   const int shift = len_k - len_q;
   const int right = row + shift + window_right + 1;  // of the first row
   const int left = row + rows - 1 + shift - window_left;

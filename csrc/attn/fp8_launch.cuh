@@ -1,4 +1,5 @@
-// FP8 forward: tensor maps and launch of one kernel instantiation. Host code; arguments have been checked (fp8_api.cu).
+// FP8 forward: tensor maps and launch of one kernel instantiation. Host code; arguments have been
+// checked (fp8_api.cu).
 #pragma once
 #include <algorithm>
 
@@ -30,8 +31,9 @@ __global__ void fp8_plan_kernel(const int* cu_q, int batch, int* counter, int* p
 }
 
 template <class T>
-int encode_operand(CUtensorMap* map, const char* name, const fa3_tensor& x, const fa3_tensor& stand_in, int64_t tokens,
-                   int64_t heads, int64_t batch, int head_dim, int rows) {
+int encode_operand(CUtensorMap* map, const char* name, const fa3_tensor& x,
+                   const fa3_tensor& stand_in, int64_t tokens, int64_t heads, int64_t batch,
+                   int head_dim, int rows) {
   TensorMapShape shape{};
   shape.rank = 4;
   const bool empty = tokens == 0;  // never read, but the driver wants an address and a size
@@ -75,7 +77,8 @@ int fp8_launch(const fa3_attn_fp8_fwd_params& a, const Device& device) {
   p.seqlen_k = a.seqlen_k;
   p.head_dim = a.head_dim_qk;
   p.window_left = a.window_left < 0 ? kUnboundedWindow : std::min(a.window_left, kUnboundedWindow);
-  p.window_right = a.window_right < 0 ? kUnboundedWindow : std::min(a.window_right, kUnboundedWindow);
+  p.window_right =
+      a.window_right < 0 ? kUnboundedWindow : std::min(a.window_right, kUnboundedWindow);
   p.out_is_fp16 = a.out_dtype == FA3_FP16;
 
   const auto stream = static_cast<cudaStream_t>(a.stream);
@@ -88,8 +91,8 @@ int fp8_launch(const fa3_attn_fp8_fwd_params& a, const Device& device) {
     p.k_scale_blocks = a.total_k / kFp8ScaleBlock + a.batch;
     p.next_work = counter;
     p.work_prefix = counter + kFp8PrefixOffset;
-    fp8_plan_kernel<T::kBlockM>
-        <<<1, kWarpThreads, 0, stream>>>(a.cu_seqlens_q, a.batch, counter, counter + kFp8PrefixOffset);
+    fp8_plan_kernel<T::kBlockM><<<1, kWarpThreads, 0, stream>>>(a.cu_seqlens_q, a.batch, counter,
+                                                                counter + kFp8PrefixOffset);
     FA3_TRY(check_cuda(cudaGetLastError(), "fa3_attn_fp8_fwd: launch of the plan"));
     p.work = INT32_MAX;
   } else {
@@ -98,16 +101,20 @@ int fp8_launch(const fa3_attn_fp8_fwd_params& a, const Device& device) {
     p.k_scale_blocks = ceil_div(a.seqlen_k, kFp8ScaleBlock);
     p.tiles_per_head = ceil_div(a.seqlen_q, T::kBlockM);
     p.work = p.tiles_per_head * a.heads_q * a.batch;
-    // Heads whose K and V fill at most 32 MB: a power of two, times the query heads that share them.
+    // Heads whose K and V fill at most 32 MB: a power of two, times the query heads that share
+    // them.
     const bool uneven = a.window_left >= 0 || a.window_right >= 0;
     constexpr int64_t kSectionBytes = int64_t(32) << 20;
-    const int64_t fit = kSectionBytes / std::max<int64_t>(1, int64_t(a.seqlen_k) * 2 * a.head_dim_qk);
+    const int64_t fit =
+        kSectionBytes / std::max<int64_t>(1, int64_t(a.seqlen_k) * 2 * a.head_dim_qk);
     int64_t heads = 1;
     while (2 * heads <= fit) heads *= 2;
-    p.heads_per_section = int(std::min<int64_t>(uneven ? heads * p.group : p.group, int64_t(a.heads_q) * a.batch));
+    p.heads_per_section =
+        int(std::min<int64_t>(uneven ? heads * p.group : p.group, int64_t(a.heads_q) * a.batch));
     if (uneven) {  // tiles differ in length: who is done first draws next
       p.next_work = counter;
-      FA3_TRY(check_cuda(cudaMemsetAsync(counter, 0, sizeof(int), stream), "fa3_attn_fp8_fwd: clearing the work counter"));
+      FA3_TRY(check_cuda(cudaMemsetAsync(counter, 0, sizeof(int), stream),
+                         "fa3_attn_fp8_fwd: clearing the work counter"));
     }
   }
   const auto kernel = fp8_fwd_kernel<T>;

@@ -1,4 +1,5 @@
-// FP8 forward, warpgroup 0: warp 0 (one thread) feeds TMA and publishes descales, warps 1 - 3 transpose V.
+// FP8 forward, warpgroup 0: warp 0 (one thread) feeds TMA and publishes descales, warps 1 - 3
+// transpose V.
 #pragma once
 #include <cmath>
 
@@ -12,14 +13,17 @@
 
 namespace fa3 {
 
-// A descale is a magnitude: anything negative or not finite becomes NaN, which reaches every row that uses the block.
-// A negative one would turn maxima into minima, an infinite one can meet -inf: both would end in a plausible number.
-FA3_DEVICE float checked_descale(float x) { return x >= 0.f && x < INFINITY ? x : NAN; }
+// A descale is a magnitude: anything negative or not finite becomes NaN, which reaches every row
+// that uses the block. A negative one would turn maxima into minima, an infinite one can meet -inf:
+// both would end in a plausible number.
+FA3_DEVICE float checked_descale(float x) {
+  return x >= 0.f && x < INFINITY ? x : NAN;
+}
 
 // All slabs of a tile whose slabs are `slab_bytes` apart.
 template <class T>
-FA3_DEVICE void load_tile(uint32_t dst, int slab_bytes, const CUtensorMap* map, uint32_t bar, uint64_t policy, int token,
-                          int head, int batch) {
+FA3_DEVICE void load_tile(uint32_t dst, int slab_bytes, const CUtensorMap* map, uint32_t bar,
+                          uint64_t policy, int token, int head, int batch) {
 #pragma unroll
   for (int i = 0; i < T::kSlabs; ++i)
     tma_load_4d(dst + i * slab_bytes, map, bar, policy, i * T::kWidth, token, head, batch);
@@ -43,16 +47,21 @@ FA3_DEVICE void feed(const Fp8FwdKernelParams& p, uint32_t smem) {
   int index = blockIdx.x;
   for (;;) {
     mbar_wait(smem + offsetof(Shared, work_empty) + 8 * slot.stage, slot.phase ^ 1);
-    // The tile lives in shared memory for this thread as well: it has 24 registers where the consumers have 240.
+    // The tile lives in shared memory for this thread as well: it has 24 registers where the
+    // consumers have 240.
     const uint32_t work = smem + offsetof(Shared, work) + sizeof(Fp8Work) * slot.stage;
-    const auto field = [&](size_t offset) { return static_cast<int>(lds32(work + uint32_t(offset))); };
+    const auto field = [&](size_t offset) {
+      return static_cast<int>(lds32(work + uint32_t(offset)));
+    };
     const bool found = locate_work<T>(p, index, work);
     mbar_arrive(smem + offsetof(Shared, work_full) + 8 * slot.stage);
     slot.advance();
     if (!found) break;
-    // The next index is asked for before the last loads of this tile, so that a CTA with a long tile does not hold two.
+    // The next index is asked for before the last loads of this tile, so that a CTA with a long
+    // tile does not hold two.
     const auto draw = [&] {
-      index = p.next_work != nullptr ? atomicAdd(p.next_work, 1) + int(gridDim.x) : index + int(gridDim.x);
+      index = p.next_work != nullptr ? atomicAdd(p.next_work, 1) + int(gridDim.x)
+                                     : index + int(gridDim.x);
     };
     int n = field(offsetof(Fp8Work, block_end)) - 1;
     if (n < field(offsetof(Fp8Work, block_begin))) draw();
@@ -61,17 +70,20 @@ FA3_DEVICE void feed(const Fp8FwdKernelParams& p, uint32_t smem) {
       const int block_scale = field(offsetof(Fp8Work, scale_k)) + n;
       const float k_scale = checked_descale(__ldg(p.k_descale + block_scale));
       const float v_scale = checked_descale(__ldg(p.v_descale + block_scale));
-      // log2 of a zero descale (a block of zeros) must stay finite: the keys of the block still count in the row sum.
+      // log2 of a zero descale (a block of zeros) must stay finite: the keys of the block still
+      // count in the row sum.
       constexpr float kSmallest = 1e-30f;
       const float bias = log2_approx(v_scale < kSmallest ? kSmallest : v_scale);
       mbar_wait(smem + offsetof(Shared, k_empty) + 8 * k.stage, k.phase ^ 1);
       const uint32_t k_full = smem + offsetof(Shared, k_full) + 8 * k.stage;
-      sts128(smem + offsetof(Shared, scale) + sizeof(Fp8BlockScale) * k.stage,  // published by the arrival below
-             make_uint4(__float_as_uint(k_scale), __float_as_uint(bias), __float_as_uint(exp2_approx(-bias)), 0));
+      sts128(smem + offsetof(Shared, scale) +
+                 sizeof(Fp8BlockScale) * k.stage,  // published by the arrival below
+             make_uint4(__float_as_uint(k_scale), __float_as_uint(bias),
+                        __float_as_uint(exp2_approx(-bias)), 0));
       mbar_arrive_expect_tx(k_full, T::kKBytes);
-      load_tile<T>(smem + offsetof(Shared, k) + T::kKBytes * k.stage, T::kBlockN * T::kWidth, &p.k, k_full, kL2EvictLast,
-                   field(offsetof(Fp8Work, token_k)) + n * T::kBlockN, field(offsetof(Fp8Work, head_k)),
-                   field(offsetof(Fp8Work, batch)));
+      load_tile<T>(smem + offsetof(Shared, k) + T::kKBytes * k.stage, T::kBlockN * T::kWidth, &p.k,
+                   k_full, kL2EvictLast, field(offsetof(Fp8Work, token_k)) + n * T::kBlockN,
+                   field(offsetof(Fp8Work, head_k)), field(offsetof(Fp8Work, batch)));
       k.advance();
       if (n == field(offsetof(Fp8Work, block_end)) - 1) {
 #pragma unroll 1
@@ -79,8 +91,10 @@ FA3_DEVICE void feed(const Fp8FwdKernelParams& p, uint32_t smem) {
           const uint32_t q_full = smem + offsetof(Shared, q_full) + 8 * g;
           mbar_wait(smem + offsetof(Shared, q_empty) + 8 * g, q.phase ^ 1);
           mbar_arrive_expect_tx(q_full, T::kQBytes);
-          load_tile<T>(smem + offsetof(Shared, q) + T::kQBytes * g, kWarpgroupRows * T::kWidth, &p.q, q_full, kL2EvictFirst,
-                       field(offsetof(Fp8Work, token_q)) + field(offsetof(Fp8Work, row0)) + g * kWarpgroupRows,
+          load_tile<T>(smem + offsetof(Shared, q) + T::kQBytes * g, kWarpgroupRows * T::kWidth,
+                       &p.q, q_full, kL2EvictFirst,
+                       field(offsetof(Fp8Work, token_q)) + field(offsetof(Fp8Work, row0)) +
+                           g * kWarpgroupRows,
                        field(offsetof(Fp8Work, head)), field(offsetof(Fp8Work, batch)));
         }
         q.advance();
@@ -91,8 +105,9 @@ FA3_DEVICE void feed(const Fp8FwdKernelParams& p, uint32_t smem) {
         const uint32_t raw_full = smem + offsetof(Shared, raw_full) + 8 * raw.stage;
         mbar_wait(smem + offsetof(Shared, raw_empty) + 8 * raw.stage, raw.phase ^ 1);
         mbar_arrive_expect_tx(raw_full, T::kRawBytes);
-        load_tile<T>(smem + offsetof(Shared, raw) + T::kRawBytes * raw.stage, kFp8RawKeys * T::kWidth, &p.v, raw_full,
-                     kL2EvictLast, field(offsetof(Fp8Work, token_k)) + n * T::kBlockN + half * kFp8RawKeys,
+        load_tile<T>(smem + offsetof(Shared, raw) + T::kRawBytes * raw.stage,
+                     kFp8RawKeys * T::kWidth, &p.v, raw_full, kL2EvictLast,
+                     field(offsetof(Fp8Work, token_k)) + n * T::kBlockN + half * kFp8RawKeys,
                      field(offsetof(Fp8Work, head_k)), field(offsetof(Fp8Work, batch)));
         raw.advance();
       }
@@ -101,7 +116,8 @@ FA3_DEVICE void feed(const Fp8FwdKernelParams& p, uint32_t smem) {
 }
 
 // ---- transposers: three warps ----------------------------------------------------------------
-// Keys past the end of a packed sequence belong to its neighbour. Their scores are masked, but 0 * NaN is NaN.
+// Keys past the end of a packed sequence belong to its neighbour. Their scores are masked, but 0 *
+// NaN is NaN.
 template <class T>
 FA3_DEVICE void clear_foreign_keys(uint32_t raw, int keys, int thread) {
   constexpr int kThreads = T::kTransposers * kWarpThreads;
@@ -122,7 +138,8 @@ FA3_DEVICE void transpose_values(const Fp8FwdKernelParams& p, uint32_t smem, int
   Ring<T::kRawStages> raw;
   Ring<T::kVStages> vt;
   Ring<kFp8WorkSlots> slot;
-  // Source: 16 bytes of key `lane`; the swizzle of its row is folded into an XOR with the byte inside the row.
+  // Source: 16 bytes of key `lane`; the swizzle of its row is folded into an XOR with the byte
+  // inside the row.
   constexpr int kColumnGroups = T::kHeadDim / 16, kKeyGroups = kFp8RawKeys / 32;
   constexpr int kGroupsPerSlab = T::kWidth / 16;
   const uint32_t source_row = smem + offsetof(Shared, raw) + lane * T::kWidth;
@@ -130,7 +147,8 @@ FA3_DEVICE void transpose_values(const Fp8FwdKernelParams& p, uint32_t smem, int
   const int row = transposer_row(lane);
   const uint32_t target_row = smem + offsetof(Shared, vt) + row * T::kBlockN;
   const uint32_t target_byte = transposer_byte(lane) ^ ((row & 7) << 4);
-  int j = warp;  // next group of 16 columns; runs on from one stage to the next, so that the warps stay level
+  int j = warp;  // next group of 16 columns; runs on from one stage to the next, so that the warps
+                 // stay level
   for (;;) {
     mbar_wait(smem + offsetof(Shared, work_full) + 8 * slot.stage, slot.phase);
     const uint32_t at = smem + offsetof(Shared, work) + sizeof(Fp8Work) * slot.stage;
@@ -149,11 +167,12 @@ FA3_DEVICE void transpose_values(const Fp8FwdKernelParams& p, uint32_t smem, int
         mbar_wait(smem + offsetof(Shared, raw_full) + 8 * raw.stage, raw.phase);
         const int keys = len_k - n * T::kBlockN - half * kFp8RawKeys;
         if (p.cu_q != nullptr && keys < kFp8RawKeys)
-          clear_foreign_keys<T>(smem + offsetof(Shared, raw) + T::kRawBytes * raw.stage, max(keys, 0),
-                                warp * kWarpThreads + lane);
+          clear_foreign_keys<T>(smem + offsetof(Shared, raw) + T::kRawBytes * raw.stage,
+                                max(keys, 0), warp * kWarpThreads + lane);
         const uint32_t source = source_row + T::kRawBytes * raw.stage;
         const uint32_t target = target_row + T::kVtBytes * vt.stage;
-        // Work items are (16 columns) x (64 keys): two matrix loads in flight hide each other's latency.
+        // Work items are (16 columns) x (64 keys): two matrix loads in flight hide each other's
+        // latency.
 #pragma unroll 1
         for (; j < kColumnGroups; j += T::kTransposers) {
           const uint32_t from = source + (j / kGroupsPerSlab) * (kFp8RawKeys * T::kWidth) +
@@ -161,12 +180,13 @@ FA3_DEVICE void transpose_values(const Fp8FwdKernelParams& p, uint32_t smem, int
           const uint32_t to = target + j * (16 * T::kBlockN);
           uint4 x[kKeyGroups];
 #pragma unroll
-          for (int g = 0; g < kKeyGroups; ++g) x[g] = ldmatrix_x4_trans(from + g * (32 * T::kWidth));
+          for (int g = 0; g < kKeyGroups; ++g)
+            x[g] = ldmatrix_x4_trans(from + g * (32 * T::kWidth));
 #pragma unroll
           for (int g = 0; g < kKeyGroups; ++g)
-            stmatrix_x4(to + ((half * kFp8RawKeys + 32 * g) ^ target_byte), prmt(x[g].x, x[g].y, kEvenBytes),
-                        prmt(x[g].x, x[g].y, kOddBytes), prmt(x[g].z, x[g].w, kEvenBytes),
-                        prmt(x[g].z, x[g].w, kOddBytes));
+            stmatrix_x4(to + ((half * kFp8RawKeys + 32 * g) ^ target_byte),
+                        prmt(x[g].x, x[g].y, kEvenBytes), prmt(x[g].x, x[g].y, kOddBytes),
+                        prmt(x[g].z, x[g].w, kEvenBytes), prmt(x[g].z, x[g].w, kOddBytes));
         }
         j -= kColumnGroups;
         fence_proxy_async_shared();

@@ -6,12 +6,13 @@
 
 namespace fa3 {
 
-// One field of a tile in shared memory. The producer has 24 registers: it keeps nothing of a tile in them.
+// One field of a tile in shared memory. The producer has 24 registers: it keeps nothing of a tile
+// in them.
 #define FA3_FP8_FIELD(name) (at + uint32_t(offsetof(Fp8Work, name)))
 
-// Describes tile number `index` of the launch at shared address `at` and returns whether there is one. Inside a section
-// of heads the tiles with most keys come first (the last rows, where a causal mask is); the K and V of a section fit
-// into the L2.
+// Describes tile number `index` of the launch at shared address `at` and returns whether there is
+// one. Inside a section of heads the tiles with most keys come first (the last rows, where a causal
+// mask is); the K and V of a section fit into the L2.
 template <class T>
 FA3_DEVICE bool locate_work(const Fp8FwdKernelParams& p, int index, uint32_t at) {
   int row0;
@@ -39,12 +40,15 @@ FA3_DEVICE bool locate_work(const Fp8FwdKernelParams& p, int index, uint32_t at)
   } else {
     // Sequence b owns the indices [prefix[b], prefix[b + 1]) * heads_q.
     const int* prefix = p.work_prefix;
-    if (index >= __ldg(prefix + p.batch) * p.heads_q) return sts32(FA3_FP8_FIELD(row0), uint32_t(-1)), false;
+    if (index >= __ldg(prefix + p.batch) * p.heads_q)
+      return sts32(FA3_FP8_FIELD(row0), uint32_t(-1)), false;
     int b = 0;  // prefix[b] * heads <= index < prefix[end] * heads
     for (int end = p.batch; end - b > 1;) {
       const int middle = (b + end) / 2;
-      if (__ldg(prefix + middle) * p.heads_q <= index) b = middle;
-      else end = middle;
+      if (__ldg(prefix + middle) * p.heads_q <= index)
+        b = middle;
+      else
+        end = middle;
     }
     {
       const int before = __ldg(prefix + b), tiles = __ldg(prefix + b + 1) - before;
@@ -65,8 +69,9 @@ FA3_DEVICE bool locate_work(const Fp8FwdKernelParams& p, int index, uint32_t at)
     sts32(FA3_FP8_FIELD(scale_k), head_k * p.k_scale_blocks + token_k / kFp8ScaleBlock + b);
   }
   sts32(FA3_FP8_FIELD(row0), row0);
-  const KeyRange blocks = key_blocks(visible_keys(row0, T::kBlockM, lds32(FA3_FP8_FIELD(len_q)),
-                                                  lds32(FA3_FP8_FIELD(len_k)), p.window_left, p.window_right));
+  const KeyRange blocks =
+      key_blocks(visible_keys(row0, T::kBlockM, lds32(FA3_FP8_FIELD(len_q)),
+                              lds32(FA3_FP8_FIELD(len_k)), p.window_left, p.window_right));
   sts32(FA3_FP8_FIELD(block_begin), blocks.begin);
   sts32(FA3_FP8_FIELD(block_end), blocks.end);
   return true;

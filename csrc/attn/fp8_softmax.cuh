@@ -1,7 +1,8 @@
-// Softmax of one block of scores in registers: masks, row maximum, exponentials, sums, conversion to e4m3.
+// Softmax of one block of scores in registers: masks, row maximum, exponentials, sums, conversion
+// to e4m3.
 //
-// A thread has 2 rows (i = 0, 1) of the 64 x kBlockN scores: register 4n + 2i + e is row lane / 4 + 8i, column
-// 8n + 2 (lane % 4) + e (tile/layout.cuh).
+// A thread has 2 rows (i = 0, 1) of the 64 x kBlockN scores: register 4n + 2i + e is row lane / 4 +
+// 8i, column 8n + 2 (lane % 4) + e (tile/layout.cuh).
 #pragma once
 #include <cmath>
 
@@ -10,7 +11,8 @@
 
 namespace fa3 {
 
-// Scores outside columns [low[i], high[i]) become -inf. Limits relative to the first column of this thread in the piece.
+// Scores outside columns [low[i], high[i]) become -inf. Limits relative to the first column of this
+// thread in the piece.
 template <int N>
 FA3_DEVICE void mask_scores(float (&s)[N], const int (&low)[2], const int (&high)[2]) {
 #pragma unroll
@@ -30,16 +32,19 @@ FA3_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// Largest of the thread's scores of row kRow, by 3-input integer maxima: half the instructions of fmaxf. Floats order like
-// signed integers unless both are negative: the result is right if it is >= 0, and some negative score if none is
-// (then: row_max_negative). A NaN of the tensor core is the largest integer of all.
+// Largest of the thread's scores of row kRow, by 3-input integer maxima: half the instructions of
+// fmaxf. Floats order like signed integers unless both are negative: the result is right if it is
+// >= 0, and some negative score if none is (then: row_max_negative). A NaN of the tensor core is
+// the largest integer of all.
 template <int kRow, int N>
 FA3_DEVICE int row_max_signed(const float (&s)[N]) {
   int a = __float_as_int(s[2 * kRow]), b = __float_as_int(s[2 * kRow + 1]);
 #pragma unroll
   for (int n = 1; n + 1 < N / 4; n += 2) {
-    a = __vimax3_s32(a, __float_as_int(s[4 * n + 2 * kRow]), __float_as_int(s[4 * n + 4 + 2 * kRow]));
-    b = __vimax3_s32(b, __float_as_int(s[4 * n + 2 * kRow + 1]), __float_as_int(s[4 * n + 5 + 2 * kRow]));
+    a = __vimax3_s32(a, __float_as_int(s[4 * n + 2 * kRow]),
+                     __float_as_int(s[4 * n + 4 + 2 * kRow]));
+    b = __vimax3_s32(b, __float_as_int(s[4 * n + 2 * kRow + 1]),
+                     __float_as_int(s[4 * n + 5 + 2 * kRow]));
   }
   static_assert(N / 4 % 2 == 0, "one column pair is left over");
   a = __vimax3_s32(a, __float_as_int(s[N - 4 + 2 * kRow]), __float_as_int(s[N - 3 + 2 * kRow]));
@@ -51,7 +56,8 @@ FA3_DEVICE float row_max_negative(const float (&s)[N]) {
   uint32_t a = __float_as_uint(s[2 * kRow]), b = __float_as_uint(s[2 * kRow + 1]);
 #pragma unroll
   for (int n = 1; n < N / 4; ++n)
-    a = __vimin3_u32(a, __float_as_uint(s[4 * n + 2 * kRow]), __float_as_uint(s[4 * n + 1 + 2 * kRow]));
+    a = __vimin3_u32(a, __float_as_uint(s[4 * n + 2 * kRow]),
+                     __float_as_uint(s[4 * n + 1 + 2 * kRow]));
   return __uint_as_float(min(a, b));
 }
 
