@@ -67,6 +67,12 @@ if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then
 fi
 say "building the kernels, build/libfa3_train.so (up to 5 minutes on 2 cores)"
 PATH="$(cd "$venv/bin" && pwd):$PATH"
+# A build folder remembers the ninja of an environment that may be gone.
+ninja=$(sed -n 's/^CMAKE_MAKE_PROGRAM:[^=]*=//p' build/CMakeCache.txt 2>/dev/null || true)
+if [ -n "$ninja" ] && [ ! -x "$ninja" ]; then
+  say "build/ was made with $ninja, which is gone: configuring again"
+  rm -rf build/CMakeCache.txt build/CMakeFiles
+fi
 cmake -B build -G Ninja -DFA3_REQUIRE_CUDA=ON -DPython3_EXECUTABLE="$(command -v python)" >/dev/null
 cmake --build build -j "${FA3_TRAIN_JOBS:-2}"
 say "kernels built: build/libfa3_train.so"
