@@ -147,8 +147,9 @@ _forwards: dict[Key, tuple[AttentionShape, Plan | None]] = {}
 
 
 def _plan(
-    shape, q, k, v, out, softmax_scale, causal, window_left, window_right, two_level, options
-) -> Plan | None:
+    shape, q, k, v, out, softmax_scale, causal, window_left, window_right, two_level, options,
+    addresses,
+) -> Plan | None:  # fmt: skip
     if shape.empty:
         return None
     params = _lib.AttnFp8FwdParams(*(hopper.strided(x) for x in (q, k, v, out)))
@@ -164,7 +165,7 @@ def _plan(
     params.window_right = 0 if causal else window_right
     params.two_level = int(two_level)
     params.options = options
-    return Plan("fa3_attn_fp8_fwd", params, q.device, _POINTERS)
+    return Plan("fa3_attn_fp8_fwd", params, q.device, _POINTERS, addresses)
 
 
 def _attn_fp8_fwd(
@@ -191,19 +192,20 @@ def _attn_fp8_fwd(
     check_all_values(q, k, v, q_descale, k_descale, v_descale, cu_seqlens_q, cu_seqlens_k)
     out = q.new_empty(shape.out_shape, dtype=out_dtype)
     lse = q.new_empty(shape.lse_shape, dtype=torch.float32)
-    if known is None:
-        plan = _plan(
-            shape, q, k, v, out, softmax_scale, causal, window_left, window_right, two_level,
-            options,
-        )  # fmt: skip
-        known = remember(_forwards, key, (shape, plan))
-    if known[1] is None:
-        return out.zero_(), lse.fill_(float("-inf"))
-    known[1].launch(
+    addresses = (
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), q_descale.data_ptr(),
         k_descale.data_ptr(), v_descale.data_ptr(), lse.data_ptr(), address(cu_seqlens_q),
         address(cu_seqlens_k),
     )  # fmt: skip
+    if known is None:
+        plan = _plan(
+            shape, q, k, v, out, softmax_scale, causal, window_left, window_right, two_level,
+            options, addresses,
+        )  # fmt: skip
+        known = remember(_forwards, key, (shape, plan))
+    if known[1] is None:
+        return out.zero_(), lse.fill_(float("-inf"))
+    known[1].launch(*addresses)
     return out, lse
 
 

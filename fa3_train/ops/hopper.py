@@ -169,6 +169,10 @@ def _attn_fwd(
         recheck(q, k, v, cu_seqlens_q, cu_seqlens_k, shape)
     out = q.new_empty(shape.out_shape)
     lse = q.new_empty(shape.lse_shape, dtype=torch.float32)
+    addresses = (
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        address(cu_seqlens_q), address(cu_seqlens_k), address(sink),
+    )  # fmt: skip
     if known is None:
         plan = None
         if not shape.empty:
@@ -177,15 +181,12 @@ def _attn_fwd(
                 params, shape, q.dtype, softmax_scale, causal, window_left, window_right, softcap
             )
             params.options = options
-            plan = Plan("fa3_attn_fwd", params, q.device, _FORWARD_POINTERS)
+            plan = Plan("fa3_attn_fwd", params, q.device, _FORWARD_POINTERS, addresses)
         known = remember(_forwards, key, _Known(shape, plan))
     if known.plan is None:
         # Rows that belong to no sequence have no kernel to write them.
         return out.zero_(), lse.fill_(float("-inf"))
-    known.plan.launch(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-        address(cu_seqlens_q), address(cu_seqlens_k), address(sink),
-    )  # fmt: skip
+    known.plan.launch(*addresses)
     return out, lse
 
 
@@ -251,6 +252,11 @@ def _launch_backward(
     grads, accums, softmax_scale, causal, window_left, window_right, softcap, deterministic,
     options,
 ) -> None:  # fmt: skip
+    addresses = (
+        *(x.data_ptr() for x in (q, k, v, out, dout)), *(address(x) for x in (*grads, *accums)),
+        lse.data_ptr(), address(dlse), address(cu_seqlens_q), address(cu_seqlens_k),
+        address(sink), address(dsink),
+    )  # fmt: skip
     if known is None:
         null = _lib.Tensor()
         views = [strided(x) for x in (q, k, v, out, dout)]
@@ -261,13 +267,9 @@ def _launch_backward(
         )
         params.deterministic = int(deterministic)
         params.options = options
-        plan = Plan("fa3_attn_bwd", params, q.device, _BACKWARD_POINTERS)
+        plan = Plan("fa3_attn_bwd", params, q.device, _BACKWARD_POINTERS, addresses)
         known = remember(_backwards, key, _Known(shape, plan))
-    known.plan.launch(
-        *(x.data_ptr() for x in (q, k, v, out, dout)), *(address(x) for x in (*grads, *accums)),
-        lse.data_ptr(), address(dlse), address(cu_seqlens_q), address(cu_seqlens_k),
-        address(sink), address(dsink),
-    )  # fmt: skip
+    known.plan.launch(*addresses)
 
 
 def _attn_bwd(

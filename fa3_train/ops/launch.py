@@ -10,6 +10,7 @@ cu_seqlens) are applied on every call by the ops.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -88,19 +89,25 @@ class Plan:
         name: entry point. params: its filled struct.
         pointers: fields that each launch sets, ``"q.ptr"`` for one inside a tensor; stream is
             added, and workspace if the entry point has one.
-        workspace: whether there is a ``<name>_workspace`` query.
+        first: the addresses of the first launch, where there is a ``<name>_workspace`` query. It
+            does not read memory, but asks which pointers are NULL: cu_seqlens and a sink change
+            the size. Whether a tensor is given is part of the caller's key, so the size holds.
     """
 
     def __init__(
         self, name: str, params, device: torch.device, pointers: tuple[str, ...],
-        workspace: bool = True,
+        first: tuple[int, ...] | None = None,
     ) -> None:  # fmt: skip
         self._library = _lib.load()
         self._name = name
         self._device = device
         self._bytes = 0
+        workspace = first is not None
         self._has_workspace = workspace
-        if workspace:
+        if first is not None:
+            for field, value in zip(pointers, first, strict=True):
+                *outer, last = field.split(".")
+                setattr(functools.reduce(getattr, outer, params), last, value)
             with on_device(device.index):
                 self._bytes = self._library.workspace(name, params)
             params.workspace_bytes = self._bytes
