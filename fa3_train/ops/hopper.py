@@ -375,6 +375,9 @@ for _name, _impl, _fake in (
     torch.library.register_fake(f"fa3_train::{_name}", _fake, lib=_library)
 
 
+_ANY_ADDRESS = 1 << 12
+
+
 @functools.cache
 def backward_problem(
     dtype: torch.dtype,
@@ -396,6 +399,10 @@ def backward_problem(
     params.batch, params.seqlen_q, params.seqlen_k = 1, 128, 128
     if varlen:
         params.total_q = params.total_k = 128
+        # The query reads no memory, but what is packed or has a sink it tells by the pointers.
+        params.cu_seqlens_q = params.cu_seqlens_k = _ANY_ADDRESS
+    if sink:
+        params.sink = params.dsink = _ANY_ADDRESS
     params.heads_q, params.heads_k = (2, 1) if grouped else (1, 1)
     params.head_dim_qk, params.head_dim_v = head_dim_qk, head_dim_v
     params.softmax_scale = 1.0

@@ -120,3 +120,14 @@ def test_the_real_library_agrees(monkeypatch, packed, sink):
         if sink:
             params.sink = z.data_ptr()
         assert size == real.workspace(name, params)
+
+
+@pytest.mark.parametrize(("packed", "sink"), [(False, False), (True, False), (True, True)])
+def test_the_backward_is_asked_about_as_it_will_be_called(library, packed, sink):
+    """Before a forward that needs a gradient: packed and sink are told by pointers here too."""
+    hopper.backward_problem.cache_clear()
+    problem = hopper.backward_problem(
+        torch.bfloat16, 64, 64, True, packed, False, False, sink, False
+    )
+    hopper.backward_problem.cache_clear()
+    assert problem is None and library.queries == [(packed, sink)]
