@@ -9,4 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from fa3_train.cli import main  # noqa: E402
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from fa3_train.train.engines import leave
+
+        leave(code)
+    raise SystemExit(code)

@@ -14,7 +14,7 @@ from tiny_runs import config
 
 from fa3_train.train import loop
 from fa3_train.train.config import TrainConfig
-from fa3_train.train.engines import World, start_world, stop_world
+from fa3_train.train.engines import World, leave, start_world, stop_world
 from fa3_train.train.guard import NonFiniteError
 from fa3_train.train.signals import StopSignal
 
@@ -61,3 +61,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tiny_runs import config
 
 from fa3_train.train import loop
-from fa3_train.train.engines import start_world, stop_world
+from fa3_train.train.engines import leave, start_world, stop_world
 from fa3_train.train.signals import StopSignal
 
 
@@ -34,3 +34,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tiny_runs import config
 
-from fa3_train.train.engines import start_world, stop_world
+from fa3_train.train.engines import leave, start_world, stop_world
 from fa3_train.train.loop import Trainer
 from fa3_train.train.signals import StopSignal
 
@@ -29,3 +29,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from fa3_train.train.config import TrainConfig
 from fa3_train.train.engines.base import Engine
-from fa3_train.train.engines.world import World, start_world, stop_world
+from fa3_train.train.engines.world import World, leave, start_world, stop_world
 
-__all__ = ["Engine", "World", "create_engine", "start_world", "stop_world"]
+__all__ = ["Engine", "World", "create_engine", "leave", "start_world", "stop_world"]
 
 
 def create_engine(config: TrainConfig, world: World) -> Engine:
