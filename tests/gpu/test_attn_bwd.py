@@ -293,16 +293,12 @@ def test_accumulate_adds_to_what_is_there(dim: int, options: int) -> None:
         numerics.assert_as_good(got - start, t, b, "accum", name)
 
 
-# How many times the error of FP32 sums the error of 16-bit sums is, at least. The goal of 2 is
-# reached with 16 heads a group, not with 8: what is left of the error is mostly the rounding of P
-# and dS to 16 bits, which both share, and one rounding of the result (docs/backward.md, GQA).
+# Heads a group: the gain that must never be lost. The goal of 2 has a test of its own below.
 SUM_GAIN = {8: 1.5, 16: 1.9}
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize("heads,groups", [(32, 4), (16, 1)])
-def test_group_sums_are_fp32(dim: int, heads: int, groups: int) -> None:
-    """dK and dV are the FP32 sums over the group, rounded once; adding 16-bit heads is worse."""
+def group_gradients(dim: int, heads: int, groups: int):
+    """For dk and dv: (rounded, its FP32 sums, error, error of adding 16-bit heads)."""
     case = Case(
         heads=heads, groups=groups, seqlen_q=256, seqlen_k=256, dim=dim, causal=True,
         options=WHOLE_GROUP,
@@ -321,12 +317,36 @@ def test_group_sums_are_fp32(dim: int, heads: int, groups: int) -> None:
     wide = replace_inputs(x, k=x.k.repeat_interleave(size, 2), v=x.v.repeat_interleave(size, 2))
     per_head = call(single, wide, saved_out, saved_lse)
     for i in (1, 2):
-        assert torch.equal(grouped[i], sums[i].to(case.dtype))
         naive = torch.zeros_like(grouped[i])
         for member in per_head[i].unflatten(2, (groups, size)).unbind(3):
             naive += member
-        ours = numerics.rms_error(grouped[i], truth[i])
-        assert ours * SUM_GAIN[size] <= numerics.rms_error(naive, truth[i])
+        errors = (numerics.rms_error(g, truth[i]) for g in (grouped[i], naive))
+        yield grouped[i], sums[i].to(case.dtype), *errors
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("heads,groups", [(32, 4), (16, 1)])
+def test_group_sums_are_fp32(dim: int, heads: int, groups: int) -> None:
+    """dK and dV are the FP32 sums over the group, rounded once; adding 16-bit heads is worse."""
+    for rounded, sums, ours, naive in group_gradients(dim, heads, groups):
+        assert torch.equal(rounded, sums)
+        assert ours * SUM_GAIN[heads // groups] <= naive
+
+
+# What is left of the error is mostly the rounding of P and dS to 16 bits, which both ways share
+# (docs/backward.md, GQA). Measured gain where it is under the goal:
+UNDER_THE_GOAL = {(64, 32, 4): 1.77, (128, 32, 4): 1.77, (256, 32, 4): 1.59, (256, 16, 1): 1.99}
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("heads,groups", [(32, 4), (16, 1)])
+def test_group_sums_halve_the_error(request, dim: int, heads: int, groups: int) -> None:
+    """The goal: at most half the error of adding 16-bit heads."""
+    gain = UNDER_THE_GOAL.get((dim, heads, groups))
+    if gain is not None:
+        request.applymarker(pytest.mark.xfail(reason=f"measured {gain} on an H200"))
+    for _, _, ours, naive in group_gradients(dim, heads, groups):
+        assert ours * 2 <= naive
 
 
 def replace_inputs(x: Inputs, **changes) -> Inputs:
