@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "trainer": ("fa3_train.bench.trainer", "whole training runs: engines x linears"),
     "kills": ("fa3_train.bench.kills", "kill -9 at random moments, resume, compare"),
     "layer": ("fa3_train.bench.layer", "a transformer layer beside TransformerEngine's"),
+    "profile": ("fa3_train.bench.profile", "where each millisecond of a training step goes"),
     "head": ("fa3_train.bench.head", "output head and loss: time and memory of the chunks"),
     "swap": ("fa3_train.bench.swap", "a framework's step time before and after the swap"),
     "plot": ("fa3_train.bench.plot", "draw a result file again, on any machine"),

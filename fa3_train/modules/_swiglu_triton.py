@@ -16,7 +16,7 @@ _WARPS = 8
 
 
 @triton.jit
-def _forward_kernel(x_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
+def _swiglu_kernel(x_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -27,7 +27,9 @@ def _forward_kernel(x_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(x_ptr, dout_ptr, dx_ptr, stride, dout_stride, width, BLOCK: tl.constexpr):
+def _swiglu_gradient_kernel(
+    x_ptr, dout_ptr, dx_ptr, stride, dout_stride, width, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -52,7 +54,7 @@ class _SwiGLU(torch.autograd.Function):
         rows, width = x.shape[0], x.shape[1] // 2
         out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
         if out.numel():
-            _forward_kernel[_grid(rows, width)](
+            _swiglu_kernel[_grid(rows, width)](
                 x, out, x.stride(0), width, BLOCK=_BLOCK, num_warps=_WARPS
             )
         ctx.save_for_backward(x)
@@ -67,7 +69,7 @@ class _SwiGLU(torch.autograd.Function):
             dout = dout.contiguous()
         dx = torch.empty(rows, 2 * width, dtype=x.dtype, device=x.device)
         if dx.numel():
-            _backward_kernel[_grid(rows, width)](
+            _swiglu_gradient_kernel[_grid(rows, width)](
                 x, dout, dx, x.stride(0), dout.stride(0), width, BLOCK=_BLOCK, num_warps=_WARPS
             )
         return dx
