@@ -1,22 +1,32 @@
-"""Step time before and after the attention is swapped, on the same model and data.
+"""Step time before and after the attention is swapped: one model, switched in place.
 
-    python -m fa3_train.bench swap --framework hf --layers 8 --out docs/results/swap_hf
-    python -m fa3_train.bench swap --framework te --out docs/results/swap_te
+    python -m fa3_train.bench swap --framework hf --layers fit --out docs/results/swap_hf
+    python -m fa3_train.bench swap --framework te --layers fit --out docs/results/swap_te
 
-``hf``: a Llama-3-8B-shaped transformers model with as many layers as asked for; ``te``: a stack of
-te.TransformerLayer of the same sizes. Both copies start from the same weights and see the same
-random batches, so their losses may differ by the rounding of bf16 only; the table says by how much
-over ``--loss-steps`` steps. Step = forward, backward and a fused AdamW step. The attention's share
-is the time of the kernels whose names belong to attention over all kernels, from a profile of one
-step of each.
+``hf``: a Llama-3-8B-shaped transformers model; ``te``: a stack of te.TransformerLayer of the same
+sizes. ``--layers fit`` takes as many of the 32 as the memory holds, by the peaks of a model of one
+and of two layers. Step = forward, backward, a fused AdamW step, bf16 weights and moments, no
+recomputation.
+
+Time: the two attentions take turns step by step on the same weights, since a GPU's clock wanders.
+The attention's share is the time of the kernels that :data:`ATTENTION` names over all kernels, in a
+profile of one step of each; the table lists the names, so that a wrong attribution can be seen.
+
+Losses: ``--loss-layers`` layers, ``--loss-steps`` steps, from the same seed on the same batches,
+three times: before, after, and a third time with another attention that nobody doubts (torch's
+cuDNN kernel for ``hf``, torch's SDPA for ``te``). The distance of the third from the first is the
+noise that rounding in another order makes; ours has to stay within twice that.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,209 +35,280 @@ from torch import Tensor, nn
 
 from fa3_train.bench.tables import machine
 
-LLAMA3_8B = {
-    "hidden_size": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 32768
-}  # fmt: skip
-# Substrings of kernel names of attention, ours and the peers'.
-_ATTENTION = (
-    "fa3::",
-    "fwd_kernel",
-    "bwd_",
-    "flash",
-    "fmha",
-    "cudnn_generated",
-    "attention",
-    "attn",
-)
+LLAMA3_8B = {"hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 32768}
+LAYERS = 32
+# Parts of the names of attention kernels: ours, FlashAttention's in torch, cuDNN's, CUTLASS's.
+ATTENTION = ("fa3::", "pytorch_flash", "flash::", "flash_fprop", "flash_bprop", "sdpa", "fmha")
+# Share of the memory that ``fit`` plans with: fragments and workspaces want the rest.
+_FILL = 0.90
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--framework", choices=sorted(_MODELS), required=True)
-    parser.add_argument("--before", default=None, help="hf: sdpa (default), flash_attention_2, ...")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--before", default="sdpa", help="hf: the attn_implementation to replace")
+    parser.add_argument("--layers", default="4", help="a number, or 'fit'")
     parser.add_argument("--seqlen", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=10, help="timed, after 3 of warm-up")
-    parser.add_argument("--loss-steps", type=int, default=100)
-    parser.add_argument("--loss-seqlen", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=8, help="timed per attention, after 2")
+    parser.add_argument("--loss-steps", type=int, default=100, help="0 leaves the losses out")
+    parser.add_argument("--loss-layers", type=int, default=8)
+    parser.add_argument("--loss-seqlen", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--out", help="path without suffix: writes .json and .md")
 
 
-class _Run:
-    """One model with its optimizer; ``loss(batch)`` is its forward."""
+@dataclass
+class _Model:
+    """A model, and how to run it with one attention or another.
 
-    def __init__(self, model: nn.Module, loss: Callable[[Tensor], Tensor], lr: float) -> None:
-        self.model, self.loss = model, loss
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    ``use`` maps ``before``, ``after`` and ``other`` to a function that makes the switch and returns
+    a context to run the steps in.
+    """
 
-    def step(self, batch: Tensor) -> Tensor:
-        loss = self.loss(batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    module: nn.Module
+    loss: Callable[[Tensor], Tensor]
+    use: dict[str, Callable[[], Any]]
 
 
-def _hf(args: argparse.Namespace, swapped: bool) -> _Run:
+def _hf(args: argparse.Namespace, layers: int, seqlen: int) -> _Model:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fa3_train.integrations import hf
 
     size = LLAMA3_8B
     config = LlamaConfig(
-        hidden_size=size["hidden_size"], intermediate_size=size["ffn"],
+        hidden_size=size["hidden"], intermediate_size=size["ffn"], vocab_size=size["vocab"],
         num_attention_heads=size["heads"], num_key_value_heads=size["kv_heads"],
-        num_hidden_layers=args.layers, vocab_size=size["vocab"], use_cache=False,
-        max_position_embeddings=args.seqlen, rope_theta=500000.0,
+        num_hidden_layers=layers, use_cache=False, max_position_embeddings=seqlen,
+        rope_theta=500000.0,
     )  # fmt: skip
-    name = hf.register(backend="hopper") if swapped else (args.before or "sdpa")
-    torch.manual_seed(0)
+    name = hf.register(backend="hopper")
     with torch.device("cuda"):
         model = LlamaForCausalLM._from_config(
-            config, attn_implementation=name, dtype=torch.bfloat16
+            config, attn_implementation=args.before, dtype=torch.bfloat16
         )
-    return _Run(model, lambda tokens: model(tokens, labels=tokens).loss, args.lr)
+
+    def switch(implementation: str) -> Any:
+        model.set_attn_implementation(implementation)
+        return contextlib.nullcontext()
+
+    def cudnn() -> Any:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        model.set_attn_implementation("sdpa")
+        return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+
+    return _Model(
+        model,
+        lambda tokens: model(tokens, labels=tokens).loss,
+        {"before": lambda: switch(args.before), "after": lambda: switch(name), "other": cudnn},
+    )
 
 
-def _te(args: argparse.Namespace, swapped: bool) -> _Run:
+def _te(args: argparse.Namespace, layers: int, seqlen: int) -> _Model:
     import transformer_engine.pytorch as te
 
     from fa3_train.integrations import transformer_engine as te_swap
 
     size = LLAMA3_8B
-    torch.manual_seed(0)
-    layers = nn.ModuleList(
+    stack = nn.ModuleList(
         te.TransformerLayer(
-            size["hidden_size"], size["ffn"], size["heads"], num_gqa_groups=size["kv_heads"],
+            size["hidden"], size["ffn"], size["heads"], num_gqa_groups=size["kv_heads"],
             layernorm_epsilon=1e-5, hidden_dropout=0.0, attention_dropout=0.0, bias=False,
             self_attn_mask_type="causal", normalization="RMSNorm", activation="swiglu",
             attn_input_format="bshd", params_dtype=torch.bfloat16, layer_number=i + 1,
             fuse_qkv_params=True,
         )
-        for i in range(args.layers)
+        for i in range(layers)
     )  # fmt: skip
+    angles = te.RotaryPositionEmbedding(size["hidden"] // size["heads"])(seqlen).cuda()
+    ends: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
     model = nn.ModuleDict(
-        {"embed": nn.Embedding(size["vocab"], size["hidden_size"]), "layers": layers,
-         "head": nn.Linear(size["hidden_size"], size["vocab"], bias=False)}
-    ).to("cuda", torch.bfloat16)  # fmt: skip
-    if swapped:
-        te_swap.patch(model, backend="hopper")
+        {"embed": nn.Embedding(size["vocab"], size["hidden"], **ends), "layers": stack,
+         "norm": te.RMSNorm(size["hidden"], eps=1e-5, **ends),
+         "head": nn.Linear(size["hidden"], size["vocab"], bias=False, **ends)}
+    )  # fmt: skip
+    with torch.no_grad():
+        model["embed"].weight.mul_(0.02)
 
     def loss(tokens: Tensor) -> Tensor:
         x = model["embed"](tokens)
-        for layer in layers:
-            x = layer(x)
-        logits = model["head"](x).flatten(0, 1)
-        return nn.functional.cross_entropy(logits[:-1].float(), tokens.flatten()[1:])
+        for layer in stack:
+            x = layer(x, rotary_pos_emb=angles)
+        logits = model["head"](model["norm"](x))[:, :-1].flatten(0, 1)
+        return nn.functional.cross_entropy(logits.float(), tokens[:, 1:].flatten())
 
-    return _Run(model, loss, args.lr)
+    def switch(backend: str | None) -> Any:
+        te_swap.unpatch(model)
+        if backend is not None:
+            te_swap.patch(model, backend=backend)
+        return contextlib.nullcontext()
+
+    return _Model(
+        model, loss,
+        {"before": lambda: switch(None), "after": lambda: switch("hopper"),
+         "other": lambda: switch("sdpa")},
+    )  # fmt: skip
 
 
-_MODELS: dict[str, Callable[[argparse.Namespace, bool], _Run]] = {"hf": _hf, "te": _te}
+_MODELS: dict[str, Callable[[argparse.Namespace, int, int], _Model]] = {"hf": _hf, "te": _te}
+
+
+def _build(args: argparse.Namespace, layers: int, seqlen: int) -> tuple[_Model, Any]:
+    torch.manual_seed(0)
+    model = _MODELS[args.framework](args, layers, seqlen)
+    return model, torch.optim.AdamW(model.module.parameters(), lr=args.lr, fused=True)
+
+
+def _release() -> None:
+    gc.collect()  # models refer to themselves
+    torch.cuda.empty_cache()
+
+
+def _step(model: _Model, optimizer: Any, batch: Tensor) -> Tensor:
+    loss = model.loss(batch)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
 
 
 def _batches(args: argparse.Namespace, count: int, seqlen: int) -> list[Tensor]:
     g = torch.Generator("cuda").manual_seed(1)
     # A skewed distribution, so that there is something to learn in a hundred steps.
     weights = 1.0 / torch.arange(1, LLAMA3_8B["vocab"] + 1, device="cuda")
-    return [
-        torch.multinomial(weights, args.batch * seqlen, replacement=True, generator=g).view(
-            args.batch, seqlen
-        )
-        for _ in range(count)
-    ]
+    drawn = torch.multinomial(weights, count * args.batch * seqlen, replacement=True, generator=g)
+    return list(drawn.view(count, args.batch, seqlen))
 
 
-def _time(run: _Run, batches: list[Tensor]) -> list[float]:
-    times = []
+def _peak(args: argparse.Namespace, layers: int, batch: Tensor) -> int:
+    """Bytes at the peak of two steps (the second one has the optimizer's moments throughout)."""
+    model, optimizer = _build(args, layers, args.seqlen)
+    with model.use["before"]():
+        _step(model, optimizer, batch)
+        torch.cuda.reset_peak_memory_stats()
+        _step(model, optimizer, batch)
+    return torch.cuda.max_memory_allocated()
+
+
+def fitting_layers(args: argparse.Namespace) -> tuple[int, dict[str, float]]:
+    """How many layers the memory holds, at most 32, and the figures it follows from."""
+    batch = _batches(args, 1, args.seqlen)[0]
+    peaks = []
+    for layers in (1, 2):
+        peaks.append(_peak(args, layers, batch))
+        _release()
+    each = peaks[1] - peaks[0]
+    total = torch.cuda.get_device_properties(0).total_memory
+    layers = min(LAYERS, int((_FILL * total - peaks[0]) // each) + 1)
+    gib = {"total_gib": total, "one_layer_gib": peaks[0], "each_further_layer_gib": each}
+    return layers, {name: round(value / 2**30, 2) for name, value in gib.items()}
+
+
+def _times(args: argparse.Namespace, model: _Model, optimizer: Any) -> dict[str, list[float]]:
+    batches = _batches(args, 2 + args.steps, args.seqlen)
+    times: dict[str, list[float]] = {"before": [], "after": []}
     for batch in batches:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run.step(batch)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return times
+        for name, list_ in times.items():
+            with model.use[name]():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                _step(model, optimizer, batch)
+                end.record()
+                torch.cuda.synchronize()
+            list_.append(start.elapsed_time(end))
+    return {name: list_[2:] for name, list_ in times.items()}
 
 
-def _attention_share(run: _Run, batch: Tensor) -> dict[str, Any]:
+def _profile(args: argparse.Namespace, model: _Model, optimizer: Any, name: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        run.step(batch)
+    batch = _batches(args, 1, args.seqlen)[0]
+    with model.use[name](), profile(activities=[ProfilerActivity.CUDA]) as trace:
+        _step(model, optimizer, batch)
         torch.cuda.synchronize()
-    kernels = [e for e in trace.key_averages() if e.self_device_time_total > 0]
-    attention = {
-        e.key[:120]: e.self_device_time_total / 1e3
-        for e in kernels
-        if any(word in e.key.lower() for word in _ATTENTION)
+    kernels = {
+        e.key: e.self_device_time_total / 1e3
+        for e in trace.key_averages()
+        if e.self_device_time_total > 0
     }
-    total = sum(e.self_device_time_total for e in kernels) / 1e3
+    attention = {
+        key[:160]: ms for key, ms in kernels.items() if any(part in key for part in ATTENTION)
+    }
+    rest = sorted(((ms, key[:160]) for key, ms in kernels.items() if key[:160] not in attention))
+    total = sum(kernels.values())
     return {
         "attention_ms": sum(attention.values()),
         "kernels_ms": total,
         "share": sum(attention.values()) / total,
         "attention_kernels_ms": attention,
+        "largest_others_ms": {key: ms for ms, key in rest[:-13:-1]},
     }
 
 
-def _losses(args: argparse.Namespace, swapped: bool, batches: list[Tensor]) -> list[float]:
-    run = _MODELS[args.framework](args, swapped)
-    losses = [run.step(batch) for batch in batches]
-    values = torch.stack(losses).tolist()
-    del run
-    torch.cuda.empty_cache()
-    return values
+def _losses(args: argparse.Namespace, name: str, batches: list[Tensor]) -> list[float]:
+    model, optimizer = _build(args, args.loss_layers, args.loss_seqlen)
+    with model.use[name]():
+        losses = torch.stack([_step(model, optimizer, batch) for batch in batches])
+    return losses.tolist()
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Both models in turn, step by step, in one process."""
-    before, after = (_MODELS[args.framework](args, swapped) for swapped in (False, True))
-    warm, timed = (_batches(args, n, args.seqlen) for n in (3, args.steps))
-    runs = {"before": before, "after": after}
-    for run in runs.values():
-        _time(run, warm)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for batch in timed:
-        for name, run in runs.items():
-            times[name] += _time(run, [batch])
-    result: dict[str, Any] = {
+def _distance(a: list[float], b: list[float]) -> dict[str, float]:
+    differences = [abs(x - y) for x, y in zip(a, b, strict=True)]
+    return {"largest": max(differences), "mean": statistics.fmean(differences)}
+
+
+def measure_time(args: argparse.Namespace) -> dict[str, Any]:
+    """Both attentions in turn on one model: the result without losses."""
+    fit: dict[str, float] = {}
+    if args.layers == "fit":
+        layers, fit = fitting_layers(args)
+    else:
+        layers = int(args.layers)
+    model, optimizer = _build(args, layers, args.seqlen)
+    times = _times(args, model, optimizer)
+    step = {name: statistics.median(x) for name, x in times.items()}
+    return {
         "what": "swap",
         "framework": args.framework,
-        "before": args.before or {"hf": "sdpa", "te": "TransformerEngine's choice"}[args.framework],
+        "before": {"hf": args.before, "te": "TransformerEngine's choice"}[args.framework],
         "command": args.command,
         "machine": machine(),
-        "settings": {k: getattr(args, k) for k in ("layers", "seqlen", "batch", "steps")},
-        "step_ms": {name: statistics.median(x) for name, x in times.items()},
+        "settings": {"layers": layers, "seqlen": args.seqlen, "batch": args.batch,
+                     "steps": args.steps, **LLAMA3_8B},
+        "memory": {**fit, "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)},
+        "step_ms": step,
         "step_ms_all": times,
-        "profile": {name: _attention_share(run, timed[0]) for name, run in runs.items()},
+        "speedup": step["before"] / step["after"],
+        "profile": {name: _profile(args, model, optimizer, name) for name in times},
+    }  # fmt: skip
+
+
+def add_losses(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Three runs of ``--loss-steps`` steps from one seed: how far apart their losses are."""
+    batches = _batches(args, args.loss_steps, args.loss_seqlen)
+    losses = {}
+    for name in ("before", "other", "after"):
+        losses[name] = _losses(args, name, batches)
+        _release()
+    ours, noise = (_distance(losses[name], losses["before"]) for name in ("after", "other"))
+    result["losses"] = {
+        "settings": {"layers": args.loss_layers, "seqlen": args.loss_seqlen, "lr": args.lr},
+        "other": {"hf": "torch's cuDNN attention", "te": "torch's SDPA"}[args.framework],
+        "curves": losses,
+        "ours_from_before": ours,
+        "noise": noise,
+        "within_noise": all(ours[k] <= 2 * noise[k] for k in noise),
     }
-    result["speedup"] = result["step_ms"]["before"] / result["step_ms"]["after"]
-    del before, after, runs, run
-    torch.cuda.empty_cache()
-    if args.loss_steps:
-        batches = _batches(args, args.loss_steps, args.loss_seqlen)
-        losses = {name: _losses(args, name == "after", batches) for name in ("before", "after")}
-        # The noise to judge by: the same model again from the same seed. Atomic additions in the
-        # backward make two runs of one implementation differ as well.
-        losses["before, again"] = _losses(args, False, batches)
-        result["losses"] = losses
-        result["loss_difference_max"] = {
-            "after - before": _largest(losses["after"], losses["before"]),
-            "before again - before": _largest(losses["before, again"], losses["before"]),
-        }
-    return result
-
-
-def _largest(a: list[float], b: list[float]) -> float:
-    return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def table(result: dict[str, Any]) -> str:
-    s, p = result["step_ms"], result["profile"]
+    s, p, size = result["step_ms"], result["profile"], result["settings"]
     lines = [
-        f"{result['framework']}: {result['settings']} on {result['machine'].get('gpu')}",
+        f"{result['framework']}: {size['layers']} layers of Llama-3-8B, {size['batch']} x "
+        f"{size['seqlen']} tokens, {result['memory']['peak_gib']} GiB, "
+        f"{result['machine'].get('gpu')}",
+        "",
         f"| | {result['before']} | fa3_train | ratio |",
         "|---|---|---|---|",
         f"| step ms | {s['before']:.1f} | {s['after']:.1f} | {result['speedup']:.3f} |",
@@ -236,22 +317,46 @@ def table(result: dict[str, Any]) -> str:
         f"| attention share | {p['before']['share']:.1%} | {p['after']['share']:.1%} | |",
     ]
     if "losses" in result:
-        d, losses = result["loss_difference_max"], result["losses"]
+        x = result["losses"]
+        curves, ours, noise = x["curves"], x["ours_from_before"], x["noise"]
+        verdict = "within twice the noise" if x["within_noise"] else "OUTSIDE twice the noise"
         lines += [
-            f"| last loss | {losses['before'][-1]:.5f} | {losses['after'][-1]:.5f} | |",
-            f"| largest difference over {len(losses['before'])} steps | "
-            f"{d['before again - before']:.2e} (itself again) | {d['after - before']:.2e} | |",
+            "",
+            f"Losses over {len(curves['before'])} steps ({x['settings']['layers']} layers, "
+            f"{x['settings']['seqlen']} tokens), from {curves['before'][0]:.4f} to "
+            f"{curves['before'][-1]:.4f}; ours to {curves['after'][-1]:.4f}. Distance from the "
+            f"first column, largest and mean: ours {ours['largest']:.2e}, {ours['mean']:.2e}; "
+            f"noise ({x['other']}) {noise['largest']:.2e}, {noise['mean']:.2e}: {verdict}.",
         ]
     return "\n".join(lines)
 
 
+def _write(result: dict[str, Any], out: str) -> None:
+    base = Path(out)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    base.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+    names = [
+        f"- {which}: " + "; ".join(
+            f"`{key[:90]}` {ms:.2f} ms" for key, ms in p["attention_kernels_ms"].items()
+        )
+        for which, p in result["profile"].items()
+    ]  # fmt: skip
+    base.with_suffix(".md").write_text(
+        f"    {result['command']}\n\n{facts}\n\n{table(result)}\n\n"
+        "Counted as attention:\n\n" + "\n".join(names) + "\n"
+    )
+
+
 def main(args: argparse.Namespace) -> int:
-    result = measure(args)
+    result = measure_time(args)
+    if args.out:  # what is measured stays, whatever happens to the losses
+        _write(result, args.out)
+    _release()
+    if args.loss_steps:
+        add_losses(args, result)
     print(table(result))
     if args.out:
-        out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        out.with_suffix(".md").write_text(f"`{args.command}`\n\n{table(result)}\n")
-        print(f"wrote {out}.json, {out}.md")
+        _write(result, args.out)
+        print(f"wrote {args.out}.json, {args.out}.md")
     return 0

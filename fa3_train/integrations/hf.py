@@ -19,13 +19,13 @@ Conventions that are translated here:
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fa3_train.checks import require
+from fa3_train.integrations import lengths
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
 
@@ -69,31 +69,6 @@ def _window(sliding_window: int | None, causal: bool, keys: int) -> tuple[int, i
     return sliding_window - 1, 0 if causal else sliding_window - 1
 
 
-class _Last:
-    """The last answer per tensor object: every layer of a model asks about the same tensor.
-
-    Reading a device tensor on the host costs a synchronisation; this makes it one per step.
-    """
-
-    def __init__(self) -> None:
-        self._of: weakref.ref[Tensor] | None = None
-        self._version = -1
-        self._answer: Any = None
-
-    def get(self, x: Tensor, compute: Any) -> Any:
-        if self._of is None or self._of() is not x or self._version != x._version:
-            self._answer = compute(x)
-            self._of, self._version = weakref.ref(x), x._version
-        return self._answer
-
-
-_packing, _padding = _Last(), _Last()
-
-
-def _cu_seqlens(lengths: Tensor) -> Tensor:
-    return nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-
-
 def _find_documents(position_ids: Tensor) -> tuple[Tensor, int] | None:
     """(cu_seqlens, longest) of the rows of (B, S) joined end to end; None if no position restarts
     inside a row."""
@@ -111,8 +86,11 @@ def _find_documents(position_ids: Tensor) -> tuple[Tensor, int] | None:
 def _find_padding(mask: Tensor) -> tuple[Tensor, Tensor, int]:
     """(positions of real tokens in the flattened mask, cu_seqlens, longest)."""
     mask = mask.bool()
-    lengths = mask.sum(-1)
-    return mask.flatten().nonzero().flatten(), _cu_seqlens(lengths), int(lengths.max())
+    real = mask.sum(-1)
+    return mask.flatten().nonzero().flatten(), lengths.cu_from_lengths(real), int(real.max())
+
+
+_documents, _padding = lengths.Remembered(_find_documents), lengths.Remembered(_find_padding)
 
 
 def _packed(q, k, v, cu_q, cu_k, max_q, max_k, options) -> Tensor:
@@ -126,7 +104,7 @@ def _packed(q, k, v, cu_q, cu_k, max_q, max_k, options) -> Tensor:
 def _padded(q, k, v, mask, options) -> Tensor:
     """``mask`` (B, Sk), nonzero where a token is real; queries are its last Sq columns."""
     (batch, sq), sk = q.shape[:2], k.shape[1]
-    where_k, cu_k, max_k = _padding.get(mask, _find_padding)
+    where_k, cu_k, max_k = _padding(mask)
     if sq == sk:
         where_q, cu_q, max_q = where_k, cu_k, max_k
     else:
@@ -249,7 +227,7 @@ def attention_forward(
     if attention_mask is not None:
         return _padded(q, k, v, attention_mask, options), None
     if position_ids is not None and sq == sk and sq > 1:
-        documents = _packing.get(position_ids, _find_documents)
+        documents = _documents(position_ids)
         if documents is not None and position_ids.shape[-1] == sq:
             cu, longest = documents
             if position_ids.numel() != q.shape[0] * sq:  # (1, S) for a whole batch

@@ -8,11 +8,14 @@ The replacement keeps the FP8 linears, norms and MLP of TransformerEngine: only 
 changes. It takes the constructor and forward arguments of ``te.DotProductAttention``, in its
 layouts (sbhd, bshd, thd), and returns its flattened heads: (S, B, H Dv), (B, S, H Dv), (T, H Dv).
 
-    causal               top-left in TransformerEngine. Ours is bottom-right: the same for Sq = Sk,
-                         refused otherwise
+    causal               top-left in TransformerEngine. Ours is bottom-right: the same where every
+                         sequence has as many queries as keys, refused otherwise
     causal_bottom_right  ours
+    no_mask, padding     a window lies along the diagonal that ``bottom_right_diagonal`` names
     padding, padding_*   with cu_seqlens, or with the boolean padding mask (True = padding)
     window_size          as ours; None is unbounded
+    qkv_layer, kv_layer  q, k and v as views of one tensor: what te.MultiheadAttention passes when
+                         it neither rotates nor groups heads
 
 The other way needs no patch: :func:`fa3_train.integrations.flash_attn.install` before
 TransformerEngine is imported makes it find this library as FlashAttention-3 (set
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from fa3_train.checks import require
+from fa3_train.integrations import lengths
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
 
@@ -48,6 +52,13 @@ def _split_mask(attn_mask_type: str) -> tuple[bool, str]:
     return padding, rest
 
 
+def _top_left(mask: str, window: tuple[int, int] | None, bottom_right: bool | None) -> bool:
+    """Whether TransformerEngine would align this mask at the first query and key."""
+    if mask == "no_mask":
+        return bottom_right is False and window is not None and tuple(window) != (-1, -1)
+    return mask == "causal"
+
+
 def supports(
     *,
     attention_dropout: float = 0.0,
@@ -63,12 +74,18 @@ def supports(
     num_splits: int | None = 1,
     pad_between_seqs: bool | None = None,
     score_mod: Any = None,
+    window_size: tuple[int, int] | None = None,
+    bottom_right_diagonal: bool | None = None,
     seqlens: tuple[int, int] | None = None,
+    same_lengths: bool = True,
+    **others: Any,
 ) -> str | None:
     """Reason why these arguments of ``te.DotProductAttention`` are not served, or None.
 
     Args:
-        seqlens: (Sq, Sk) of dense inputs, for the alignment of causal masks.
+        seqlens: (Sq, Sk) of dense inputs, for the alignment of masks.
+        same_lengths: whether each sequence of a packed or padded batch has as many queries as keys.
+        others: any further argument of its forward; what this file does not know must be off.
     """
     if attention_dropout != 0.0:
         return (
@@ -80,11 +97,12 @@ def supports(
     _, mask = _split_mask(attn_mask_type)
     if mask not in _MASKS:
         return f"attn_mask_type: {attn_mask_type!r} is not served"
-    if mask == "causal" and seqlens is not None and seqlens[0] != seqlens[1]:
-        return (
-            "attn_mask_type: 'causal' is aligned top-left, ours bottom-right; needs as many "
-            f"queries as keys, got {seqlens[0]} and {seqlens[1]}"
-        )
+    if _top_left(mask, window_size, bottom_right_diagonal):
+        rule = f"attn_mask_type: {attn_mask_type!r} is aligned top-left, ours bottom-right; needs "
+        if seqlens is not None and seqlens[0] != seqlens[1]:
+            return rule + f"as many queries as keys, got {seqlens[0]} and {seqlens[1]}"
+        if not same_lengths:
+            return rule + "cu_seqlens_q and cu_seqlens_kv of equal lengths"
     if core_attention_bias_type != "no_bias" or alibi_slopes is not None:
         return f"core_attention_bias_type: must be 'no_bias', got {core_attention_bias_type!r}"
     if inference_params is not None:
@@ -103,7 +121,32 @@ def supports(
         return "pad_between_seqs: gaps between sequences are not served"
     if score_mod is not None:
         return "score_mod: not served"
+    for name, value in others.items():
+        if value is not None and value is not False and name not in _IDLE:
+            return f"{name}: not served, got {_brief(value)}"
     return None
+
+
+# Forward arguments that decide nothing here: our backward is 16-bit always, and the second one only
+# says how ``thd_attention_policies``, which are refused, would be carried out.
+_IDLE = ("bf16_backward", "thd_attention_policy_dispatch")
+
+
+def _brief(value: Any) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
+
+
+def _unpack(q, k, v, qkv, kv, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v; or views of ``qkv`` (3 along ``dim``), or of ``kv`` (2 along ``dim``) beside q."""
+    if qkv is not None:
+        require(q is None and k is None and v is None, "qkv_layer", "must come alone", "more")
+        require(qkv.shape[dim] == 3, "qkv_layer", f"must have 3 along {dim}", tuple(qkv.shape))
+        return qkv.unbind(dim)  # type: ignore[return-value]
+    if kv is not None:
+        require(k is None and v is None, "kv_layer", "must come with query_layer alone", "more")
+        require(kv.shape[dim] == 2, "kv_layer", f"must have 2 along {dim}", tuple(kv.shape))
+        return (q, *kv.unbind(dim))
+    return q, k, v
 
 
 def _pack(x: Tensor, keep: Tensor) -> Tensor:
@@ -214,9 +257,9 @@ class DotProductAttention(nn.Module):
 
     def forward(
         self,
-        query_layer: Tensor,
-        key_layer: Tensor,
-        value_layer: Tensor,
+        query_layer: Tensor | None = None,
+        key_layer: Tensor | None = None,
+        value_layer: Tensor | None = None,
         attention_mask: Tensor | tuple[Tensor, Tensor] | None = None,
         qkv_format: str | None = None,
         cu_seqlens_q: Tensor | None = None,
@@ -239,9 +282,16 @@ class DotProductAttention(nn.Module):
         fp8_output: bool | None = False,
         num_splits: int | None = 1,
         score_mod: Any = None,
+        qkv_layer: Tensor | None = None,
+        kv_layer: Tensor | None = None,
+        qkv_interleave_dim: int = -3,
         **kwargs: Any,
     ) -> Tensor:
         """te.DotProductAttention.forward. Query (S, B, H, D), (B, S, H, D) or (T, H, D).
+
+        Args:
+            qkv_layer, kv_layer: q, k, v or k, v in one tensor, side by side along dimension
+                ``qkv_interleave_dim``.
 
         Raises:
             UnsupportedRequest: what :func:`supports` names, under policy ``error``.
@@ -249,6 +299,13 @@ class DotProductAttention(nn.Module):
         layout = qkv_format or self.qkv_format
         mask_type = attn_mask_type or self.attn_mask_type
         token_dim = {"sbhd": 0, "bshd": 1}.get(layout)
+        sides = window_size if window_size is not None else self.window_size
+        diagonal = bottom_right_diagonal
+        diagonal = self.bottom_right_diagonal if diagonal is None else diagonal
+        given = query_layer, key_layer, value_layer
+        query_layer, key_layer, value_layer = _unpack(
+            *given, qkv_layer, kv_layer, qkv_interleave_dim
+        )
         reason = supports(
             attention_dropout=self.attention_dropout if self.training else 0.0,
             attn_mask_type=mask_type,
@@ -261,31 +318,42 @@ class DotProductAttention(nn.Module):
             fp8_output=fp8_output,
             return_max_logit=self.return_max_logit,
             num_splits=num_splits,
-            pad_between_seqs=pad_between_seqs,
+            pad_between_seqs=pad_between_seqs
+            or not lengths.equal(cu_seqlens_q, cu_seqlens_q_padded)
+            or not lengths.equal(cu_seqlens_kv, cu_seqlens_kv_padded),
             score_mod=score_mod,
+            window_size=sides,
+            bottom_right_diagonal=diagonal,
             seqlens=None
             if token_dim is None
             else (query_layer.shape[token_dim], key_layer.shape[token_dim]),
+            same_lengths=self._lengths_agree(
+                layout, mask_type, attention_mask, cu_seqlens_q, cu_seqlens_kv
+            ),
+            **kwargs,
         )
         if reason is not None:
             original = self.original
+            packed = {}  # an older core does not know these names
+            if qkv_layer is not None or kv_layer is not None:
+                packed = {"qkv_layer": qkv_layer, "kv_layer": kv_layer,
+                          "qkv_interleave_dim": qkv_interleave_dim}  # fmt: skip
             return self._policy.refuse(
                 reason,
                 None
                 if original is None
                 else lambda: original(
-                    query_layer, key_layer, value_layer, attention_mask, qkv_format, cu_seqlens_q,
+                    *given, attention_mask, qkv_format, cu_seqlens_q,
                     cu_seqlens_kv, cu_seqlens_q_padded, cu_seqlens_kv_padded, max_seqlen_q,
                     max_seqlen_kv, attn_mask_type, window_size, bottom_right_diagonal, softcap,
                     checkpoint_core_attention, core_attention_bias_type, core_attention_bias,
                     alibi_slopes, fast_zero_fill, inference_params, pad_between_seqs, fp8_output,
-                    num_splits=num_splits, score_mod=score_mod, **kwargs,
+                    num_splits=num_splits, score_mod=score_mod, **packed, **kwargs,
                 ),
             )  # fmt: skip
 
         padding, rest = _split_mask(mask_type)
         causal = rest != "no_mask"
-        sides = window_size if window_size is not None else self.window_size
         left, right = (-1, -1) if sides is None else sides
         options = {
             "softmax_scale": self.softmax_scale,
@@ -324,6 +392,17 @@ class DotProductAttention(nn.Module):
         return out.flatten(-2)
 
     @staticmethod
+    def _lengths_agree(layout, mask_type, attention_mask, cu_q, cu_k) -> bool:
+        """Whether packed or padded sequences have as many queries as keys, for top-left masks."""
+        padding, mask = _split_mask(mask_type)
+        if mask == "causal_bottom_right" or not (padding or layout == "thd"):
+            return True
+        if cu_q is None and isinstance(attention_mask, tuple):
+            real_q, real_k = ((~m).flatten(1).sum(1) for m in attention_mask)
+            return torch.equal(real_q, real_k)
+        return lengths.equal(cu_q, cu_k)
+
+    @staticmethod
     def _padded(q, k, v, attention_mask, cu_q, cu_k, options) -> Tensor:
         """Dense rows whose tails are padding: pack, attend, scatter back into zeros."""
         (batch, sq), sk = q.shape[:2], k.shape[1]
@@ -341,10 +420,7 @@ class DotProductAttention(nn.Module):
                 for s, cu in ((sq, cu_q), (sk, cu_k))
             )
         lengths_q, lengths_k = real_q.sum(1), real_k.sum(1)
-        cu_q, cu_k = (
-            nn.functional.pad(n.cumsum(0, dtype=torch.int32), (1, 0))
-            for n in (lengths_q, lengths_k)
-        )
+        cu_q, cu_k = lengths.cu_from_lengths(lengths_q), lengths.cu_from_lengths(lengths_k)
         where_q, where_k = (r.flatten().nonzero().flatten() for r in (real_q, real_k))
         out = attention.flash_attn_varlen_func(
             _pack(q, where_q), _pack(k, where_k), _pack(v, where_k), cu_q, cu_k,

@@ -141,6 +141,16 @@ def test_generation_with_cache_and_left_padding(kind):
     assert torch.equal(*made)
 
 
+def test_inference_mode_keeps_no_versions():
+    eager, ours = _pair("llama")
+    with torch.inference_mode():
+        ids = torch.randint(3, 97, (2, 9))
+        mask = torch.ones_like(ids)
+        mask[0, :4] = 0
+        _close(ours(ids, attention_mask=mask).logits[mask.bool()],
+               eager(ids, attention_mask=mask).logits[mask.bool()])  # fmt: skip
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     eager, ours = _pair("llama")
     ours.gradient_checkpointing_enable()

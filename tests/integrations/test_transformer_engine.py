@@ -65,6 +65,44 @@ def test_thd_and_bottom_right():
         torch.testing.assert_close(out, want.flatten(-2).float(), **CLOSE)
 
 
+def test_top_left_packed_sequences_of_unequal_lengths_are_refused():
+    cu_q = torch.tensor([0, 5, 11], dtype=torch.int32)
+    cu_k = torch.tensor([0, 6, 11], dtype=torch.int32)
+    q, k, v = _qkv(S)
+    module = _ours(qkv_format="thd", attn_mask_type="padding_causal")
+    with pytest.raises(policy.UnsupportedRequest, match="top-left.*equal lengths"):
+        module(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_k)
+    with pytest.raises(policy.UnsupportedRequest, match="pad_between_seqs"):
+        module(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_q_padded=cu_k)
+    want, _ = reference.attention(
+        q, k, v, window_size=(-1, 0), cu_seqlens_q=cu_q, cu_seqlens_k=cu_q
+    )
+    for same in (cu_q, cu_q.clone()):
+        out = module(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_kv=same, cu_seqlens_q_padded=same)
+        torch.testing.assert_close(out, want.flatten(-2).float(), **CLOSE)
+    cu_q[1] = 6  # in place: a remembered answer about the old numbers would be wrong
+    with pytest.raises(policy.UnsupportedRequest, match="top-left"):
+        module(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_kv=torch.tensor([0, 5, 11]).int())
+
+
+@pytest.mark.parametrize("dim", [-3, -2])
+def test_q_k_v_in_one_tensor(dim):
+    torch.manual_seed(0)
+    where = 5 + dim
+    qkv = torch.randn(S, B, H, D).unsqueeze(where).repeat_interleave(3, where)
+    qkv = torch.randn_like(qkv).requires_grad_()
+    q, k, v = qkv.unbind(dim)
+    module = te_swap.DotProductAttention(H, D)
+    want = module(q, k, v)
+    assert torch.equal(want, module(qkv_layer=qkv, qkv_interleave_dim=dim))
+    kv = torch.stack([k, v], where)
+    assert torch.equal(want, module(q, kv_layer=kv, qkv_interleave_dim=dim))
+    with pytest.raises(ValueError, match="qkv_layer: must come alone"):
+        module(q, k, v, qkv_layer=qkv)
+    with pytest.raises(ValueError, match="kv_layer: must have 2 along"):
+        module(q, kv_layer=qkv, qkv_interleave_dim=dim)
+
+
 @pytest.mark.parametrize("how", ["mask", "cu_seqlens"])
 def test_padding_never_reaches_a_result(how):
     lengths = (7, 11)
@@ -137,6 +175,18 @@ def test_checkpointing_the_core():
         ({"fp8_output": True}, "fp8_output"),
         ({"pad_between_seqs": True}, "pad_between_seqs"),
         ({"num_splits": 4}, "num_splits.*4"),
+        ({"same_lengths": False}, "'causal' is aligned top-left.*equal lengths"),
+        (
+            {
+                "attn_mask_type": "no_mask",
+                "window_size": (3, 3),
+                "bottom_right_diagonal": False,
+                "seqlens": (3, 5),
+            },
+            "'no_mask' is aligned top-left.*3 and 5",
+        ),
+        ({"thd_attention_policies": [{}]}, "thd_attention_policies"),
+        ({"of_the_future": torch.ones(2, 3)}, r"of_the_future: not served, got shape \(2, 3\)"),
     ],
 )
 def test_supports_names_what_is_in_the_way(arguments, message):
