@@ -16,6 +16,8 @@ SUBCOMMANDS = {
     "error": ("fa3_train.bench.error", "numerical error on outlier data and long contexts"),
     "loop": ("fa3_train.bench.loop", "training loop beside a bare PyTorch loop"),
     "trainer": ("fa3_train.bench.trainer", "whole training runs: engines x linears"),
+    "curves": ("fa3_train.bench.curves", "training curves: attentions, precisions, a kill"),
+    "perplexity": ("fa3_train.bench.fp8_variants", "a BF16 model under every FP8 variant"),
     "kills": ("fa3_train.bench.kills", "kill -9 at random moments, resume, compare"),
     "layer": ("fa3_train.bench.layer", "a transformer layer beside TransformerEngine's"),
     "profile": ("fa3_train.bench.profile", "where each millisecond of a training step goes"),

@@ -1,0 +1,519 @@
+"""Training curves side by side: what an attention does to the loss, against the noise of seeds.
+
+    python -m fa3_train.bench curves --suite backends --out docs/results/curves_backends
+    python -m fa3_train.bench curves --suite fp8 --jobs 3 --out docs/results/curves_fp8
+    python -m fa3_train.bench curves --suite ablation --out docs/results/curves_ablation
+    python -m fa3_train.bench curves --suite deepspeed --out docs/results/curves_deepspeed
+
+backends   a tiny Llama, 300 steps: our kernels beside torch's attention, 3 seeds each
+fp8        100M parameters, 1,000 steps: BF16 beside FP8 attention, 3 seeds each
+ablation   the same for 300 steps without Hadamard, without block scales, without both
+deepspeed  100M, 2,000 steps of ZeRO 1 with DeepSpeed's FusedAdam, BF16 and FP8; each run is killed
+           with SIGKILL past its middle and resumed from its checkpoint
+
+Each run is a process of its own: `python -m fa3_train ...`, the command that a user types (the
+ablation, which the product does not offer, replaces the attention modules first: `fp8_variants`).
+`--jobs` of them share the GPU: a model this small leaves it idle between its kernels.
+
+A seed draws weights and the order of the data; held-out text is the same for all. What is judged:
+the difference of two series' means against the range of the first series over its seeds, for the
+held-out loss and for the mean of the last training losses. Series of one seed pair up (same
+weights, same data), so paired differences are given too.
+
+Text: sources of the standard library (tiny), of the installed torch (100M; some 45 MB, so that
+no text repeats within 1,000 steps). Results: OUT.json with every loss, OUT.md, OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fa3_train.bench.fp8_variants import VARIANTS
+from fa3_train.train.plots import read_metrics
+
+_POLL_S = 0.05
+_FIXED = (
+    "logging=quiet",
+    "logging.attention_every=0",
+    "run.gpus=0",
+    "checkpoint=none",
+)
+_TINY = (
+    "recipe=quickstart",
+    "precision=bf16",
+    "data.seq_len=512",
+    "run.steps=300",
+    "run.eval_every=100",
+    "run.eval_batches=16",
+)
+_100M = (
+    "recipe=tiny_gpu",
+    "data=text",
+    "data.bpe_vocab_size=8192",
+    "data.seq_len=2048",
+    "data.micro_batch=4",
+    "data.global_batch=4",
+    "optimizer.lr=6e-4",
+    "run.eval_every=100",
+    "run.eval_batches=16",
+)
+_HOPPER = ("attention=hopper",)
+_FP8 = ("attention=fp8", "attention.backend=hopper")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of the plot: runs that differ in their seed alone."""
+
+    name: str
+    words: tuple[str, ...]
+    variant: str | None = None  # key of fp8_variants.VARIANTS that replaces the attention
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Series that are compared with the first of them."""
+
+    title: str
+    words: tuple[str, ...]
+    series: tuple[Series, ...]
+    seeds: int = 3
+    kill: bool = False
+
+
+SUITES = {
+    "backends": Suite(
+        "tiny Llama, bf16: torch's attention and ours",
+        _TINY,
+        (Series("sdpa", ("attention=sdpa",)), Series("hopper", _HOPPER)),
+    ),
+    "fp8": Suite(
+        "100M Llama: BF16 and FP8 attention",
+        (*_100M, "run.steps=1000"),
+        (Series("bf16", (*_HOPPER, "checkpoint.export_hf=true")), Series("fp8", _FP8)),
+    ),
+    "ablation": Suite(
+        "100M Llama: FP8 attention without its remedies",
+        (*_100M, "run.steps=300"),
+        (
+            Series("bf16", _HOPPER),
+            Series("fp8, block scales + Hadamard", _FP8),
+            *(Series(VARIANTS[v].name, _FP8, v) for v in ("block", "tensor_hadamard", "tensor")),
+        ),
+        seeds=1,
+    ),
+    "deepspeed": Suite(
+        "100M Llama, DeepSpeed ZeRO 1 + FusedAdam: killed and resumed",
+        (*_100M, "run.steps=2000", "engine=deepspeed", "engine.optimizer=fused_adam"),
+        (Series("bf16", _HOPPER), Series("fp8", _FP8)),
+        seeds=1,
+        kill=True,
+    ),
+}
+
+
+@dataclass
+class Run:
+    """One training run of a series and what it left behind."""
+
+    series: str
+    seed: int
+    command: list[str]
+    folder: Path
+    steps: int
+    kill_at: int | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    norms: dict[int, float] = field(default_factory=dict)
+    evals: dict[int, float] = field(default_factory=dict)
+    step_ms: float | None = None
+    before_kill: dict[int, float] = field(default_factory=dict)
+    resumed_after: int | None = None
+    error: str | None = None
+
+
+# ---- runs ------------------------------------------------------------------------------------
+
+
+def text_of_torch() -> str:
+    """Glob of the installed torch's Python sources: real text that every machine has."""
+    import torch
+
+    return str(Path(torch.__file__).parent / "**" / "*.py")
+
+
+def hundred_million() -> list[str]:
+    """Words of the 100M runs, for who continues with their weights."""
+    return [*_100M, *_FIXED, f"data.path={text_of_torch()}"]
+
+
+def plan(suite: Suite, args: argparse.Namespace, work: Path) -> list[Run]:
+    """All runs, seed by seed, so that the series of a seed run under the same conditions."""
+    seeds = args.seeds or list(range(1, suite.seeds + 1))
+    chosen = [s for s in suite.series if not args.series or s.name in args.series]
+    if not chosen:
+        names = [s.name for s in suite.series]
+        raise SystemExit(f"--series: must be among {names}, got {args.series}")
+    runs = []
+    for seed in seeds:
+        for number, series in enumerate(chosen):
+            words = dict(
+                word.split("=", 1) for word in (*suite.words, *_FIXED, *series.words, *args.words)
+            )
+            if words.get("data") == "text":
+                words.setdefault("data.path", text_of_torch())
+            if args.steps:
+                words["run.steps"] = str(args.steps)
+            folder = work / f"{number}_seed{seed}"
+            words |= {"run.seed": str(seed), "run.dir": str(folder)}
+            steps = int(words["run.steps"])
+            kill_at = None
+            if suite.kill:
+                # One checkpoint, at the middle; the kill comes later, so that steps are repeated.
+                words |= {"checkpoint": "default", "checkpoint.every": str(steps // 2 + 1)}
+                words |= {"checkpoint.save_last": "false", "checkpoint.keep": "1"}
+                kill_at = steps // 2 + max(2, steps // 20)
+            line = [f"{key}={value}" for key, value in words.items()]
+            module = ["fa3_train"]
+            if series.variant:
+                module = ["fa3_train.bench.fp8_variants", series.variant]
+            command = [sys.executable, "-m", *module, *line]
+            runs.append(Run(series.name, seed, command, folder, steps, kill_at))
+    return runs
+
+
+def execute(run: Run) -> Run:
+    """Train, kill and resume as planned; read the metrics. Errors end up in `run.error`."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    metrics = run.folder / "metrics.jsonl"
+    try:
+        if run.kill_at is not None:
+            _train(run, kill_at=run.kill_at)
+            run.before_kill = _losses(read_metrics(metrics)[1])
+            before = len(metrics.read_text().splitlines())
+            _train(run)
+            run.resumed_after = _resumed_after(metrics)
+            assert before, "killed before the first step was logged"
+        else:
+            _train(run)
+        run.info, steps, evals = read_metrics(metrics)
+        run.losses = _losses(steps)
+        run.norms = {row["step"]: row["grad_norm"] for row in steps}
+        run.evals = {row["step"]: row["val_loss"] for row in evals}
+        late = [row["step_ms"] for row in steps[len(steps) // 5 :]]
+        run.step_ms = statistics.median(late) if late else None
+        if len(run.losses) != run.steps:
+            run.error = f"{len(run.losses)} of {run.steps} steps are in {metrics}"
+    except (OSError, ValueError, RuntimeError) as error:
+        run.error = str(error)
+    outcome = run.error or f"loss {_tail(run.losses, 50):.4f}, {run.step_ms:.1f} ms a step"
+    print(f"{run.series}, seed {run.seed}: {outcome}", flush=True)
+    return run
+
+
+def _train(run: Run, kill_at: int | None = None) -> None:
+    """One life of the process. RuntimeError where it does not end as it should."""
+    log = run.folder / "output.log"
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            run.command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    if kill_at is not None:
+        while process.poll() is None and _last_step(run.folder) < kill_at:
+            time.sleep(_POLL_S)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return
+    if process.wait() != 0 or kill_at is not None:
+        text = log.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"exit code {process.returncode}: {' '.join(run.command)}\n{text}")
+
+
+def _last_step(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return 0
+    return max((row["step"] for row in read_metrics(path)[1]), default=0)
+
+
+def _losses(rows: list[dict[str, Any]]) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def _resumed_after(metrics: Path) -> int | None:
+    """Step after which the last life began."""
+    starts = []
+    for line in metrics.read_text().splitlines():
+        row = json.loads(line)
+        if row.get("event") == "run":
+            starts.append(row["start_step"])
+    return int(starts[-1]) if starts else None
+
+
+# ---- judging ---------------------------------------------------------------------------------
+
+
+def smoothed(losses: dict[int, float], window: int) -> list[tuple[int, float]]:
+    """(step, mean of the `window` losses up to it)."""
+    steps = sorted(losses)
+    values = [losses[s] for s in steps]
+    total, result = 0.0, []
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        result.append((steps[i], total / min(i + 1, window)))
+    return result
+
+
+def _tail(losses: dict[int, float], count: int) -> float:
+    """Mean of the last `count` losses."""
+    last = sorted(losses)[-count:]
+    return statistics.fmean(losses[s] for s in last) if last else float("nan")
+
+
+def judge(runs: list[Run], window: int) -> list[dict[str, Any]]:
+    """A row per series: its final losses, and the difference to the first series."""
+    series = list(dict.fromkeys(run.series for run in runs))
+    rows: list[dict[str, Any]] = []
+    finals: dict[str, dict[str, dict[int, float]]] = {}
+    for name in series:
+        mine = [r for r in runs if r.series == name and r.error is None]
+        finals[name] = {
+            "held_out": {r.seed: r.evals[max(r.evals)] for r in mine if r.evals},
+            "training": {r.seed: _tail(r.losses, window) for r in mine},
+        }
+        row: dict[str, Any] = {"series": name, "seeds": len(mine)}
+        for kind in ("held_out", "training"):
+            row[kind] = difference(finals[series[0]][kind], finals[name][kind])
+        times = [r.step_ms for r in mine if r.step_ms]
+        row["step_ms"] = min(times) if times else None
+        rows.append(row)
+    return rows
+
+
+def difference(base: dict[int, float], other: dict[int, float]) -> dict[str, Any]:
+    """Means of two series by seed, their difference, and the range of the first over its seeds.
+
+    `within` is None where the first series has fewer than two seeds: there is no range.
+    """
+    if not base or not other:
+        return {"mean": None}
+    mean, mine = statistics.fmean(base.values()), statistics.fmean(other.values())
+    spread = max(base.values()) - min(base.values()) if len(base) > 1 else None
+    return {
+        "mean": mine,
+        "by_seed": other,
+        "difference": mine - mean,
+        "paired": {seed: other[seed] - base[seed] for seed in other if seed in base},
+        "range_of_first": spread,
+        "within": None if spread is None else abs(mine - mean) <= spread,
+    }
+
+
+def seams(runs: list[Run]) -> list[dict[str, Any]]:
+    """Of each killed run: the steps that both lives took, loss by loss."""
+    rows = []
+    for run in runs:
+        if run.kill_at is None or run.error:
+            continue
+        after = run.resumed_after or 0
+        both = [s for s in run.before_kill if s > after and s in run.losses]
+        gaps = [abs(run.before_kill[s] - run.losses[s]) for s in both]
+        jumps = [abs(run.losses[s] - run.losses[s - 1]) for s in run.losses if s - 1 in run.losses]
+        rows.append(
+            {
+                "series": run.series,
+                "killed_at": max(run.before_kill, default=0),
+                "resumed_after": after,
+                "steps_taken_twice": len(both),
+                "bitwise_equal": sum(g == 0 for g in gaps),
+                "first_difference": gaps[0] if gaps else None,
+                "largest_difference": max(gaps, default=None),
+                "usual_change_from_step_to_step": statistics.median(jumps) if jumps else None,
+            }
+        )
+    return rows
+
+
+# ---- results ---------------------------------------------------------------------------------
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for eyes: Markdown."""
+    lines = [
+        "| series | seeds | held-out loss | minus first | range of first | within | "
+        "last training losses | minus first | range of first | within | ms a step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["judgement"]:
+        cells = [row["series"], str(row["seeds"])]
+        for kind in ("held_out", "training"):
+            d = row[kind]
+            cells += [_number(d["mean"]), _number(d.get("difference"), "+.4f")]
+            cells += [_number(d.get("range_of_first")), _yes(d.get("within"))]
+        lines.append("| " + " | ".join([*cells, _number(row["step_ms"], ".1f")]) + " |")
+    for row in result["judgement"][1:]:
+        pairs = row["held_out"].get("paired") or {}
+        shown = ", ".join(f"{value:+.4f}" for value in pairs.values())
+        lines.append(f"\nHeld-out loss of {row['series']} minus first, seed by seed: {shown}.")
+    for seam in result["seams"]:
+        lines.append(
+            f"\n{seam['series']}: killed at step {seam['killed_at']}, resumed after step "
+            f"{seam['resumed_after']}; {seam['steps_taken_twice']} steps were taken twice, "
+            f"{seam['bitwise_equal']} of them with the same bits; largest difference "
+            f"{_number(seam['largest_difference'], '.1e')} (loss changes by "
+            f"{_number(seam['usual_change_from_step_to_step'], '.1e')} from step to step)."
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _yes(value: bool | None) -> str:
+    return "-" if value is None else ("yes" if value else "NO")
+
+
+def as_record(run: Run) -> dict[str, Any]:
+    """A run in the result file: no paths of the scratch folder."""
+    words = [w for w in run.command[2:] if not w.startswith("run.dir=")]
+    return {
+        "series": run.series,
+        "seed": run.seed,
+        "command": "python -m " + " ".join(words),
+        "text": run.info.get("data"),
+        "parameters": run.info.get("parameters"),
+        "tokens_per_step": run.info.get("tokens_per_step"),
+        "step_ms": run.step_ms,
+        "loss": [round(run.losses[s], 5) for s in sorted(run.losses)],
+        "held_out": run.evals,
+        "killed_at": run.kill_at,
+        "resumed_after": run.resumed_after,
+        "loss_before_kill": {s: v for s, v in run.before_kill.items() if s in _overlap(run)},
+        "error": run.error,
+    }
+
+
+def _overlap(run: Run) -> set[int]:
+    return {s for s in run.before_kill if s > (run.resumed_after or 0)}
+
+
+def draw(title: str, runs: list[Run], window: int, path: Path) -> None:
+    """Bands over the seeds, and below the distance of each series from the first one's mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, height_ratios=(2, 1), sharex=True)
+    good = [run for run in runs if not run.error]
+    base: dict[int, float] = {}
+    for number, name in enumerate(dict.fromkeys(run.series for run in good)):
+        mine = [r for r in good if r.series == name]
+        lines = [dict(smoothed(r.losses, window)) for r in mine]
+        steps = [s for s in sorted(lines[0]) if s >= window]
+        mean = {s: statistics.fmean(line[s] for line in lines) for s in steps}
+        low = [min(line[s] for line in lines) for s in steps]
+        high = [max(line[s] for line in lines) for s in steps]
+        color = f"C{number}"
+        seeds = f", {len(mine)} seeds" if len(mine) > 1 else ""
+        upper.plot(steps, [mean[s] for s in steps], color=color, label=f"{name}{seeds}", lw=1.3)
+        upper.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
+        evals = [(s, statistics.fmean(r.evals[s] for r in mine)) for s in sorted(mine[0].evals)]
+        if evals:
+            upper.plot(*zip(*evals[1:], strict=True), "o", ms=3, color=color)
+        base = base or mean
+        around = [s for s in steps if s in base]
+        lower.plot(around, [mean[s] - base[s] for s in around], color=color, lw=1.3)
+        if number == 0 and len(mine) > 1:
+            below = [a - base[s] for a, s in zip(low, steps, strict=True)]
+            above = [b - base[s] for b, s in zip(high, steps, strict=True)]
+            lower.fill_between(steps, below, above, color=color, alpha=0.25, linewidth=0)
+        for run in mine:
+            if run.resumed_after is not None:
+                for axis in (upper, lower):
+                    axis.axvline(run.resumed_after, color=color, lw=0.8, ls=":")
+                    axis.axvline(max(run.before_kill), color=color, lw=0.8, ls="--")
+    upper.set_title(title, fontsize=10)
+    upper.set_ylabel(f"loss, mean of {window} steps (dots: held out)")
+    lower.set_ylabel("minus mean of the first")
+    lower.set_xlabel("step (dashed: killed, dotted: resumed from)" if any(
+        run.resumed_after for run in good) else "step")  # fmt: skip
+    for axis in (upper, lower):
+        axis.grid(alpha=0.3)
+    upper.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def write(result: dict[str, Any], runs: list[Run], out: str) -> list[Path]:
+    """OUT.json, OUT.md, OUT.png."""
+    base = Path(out)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    paths = [base.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
+    paths[0].write_text(json.dumps(result, indent=1) + "\n")
+    facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+    paths[1].write_text(
+        f"{result['title']}\n\n    {result['command']}\n\n{facts}\n\n{table(result)}\n"
+    )
+    gpu = result["machine"].get("gpu", "CPU")
+    draw(f"{result['title']} ({gpu})", runs, result["window"], paths[2])
+    return paths
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", choices=SUITES, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 1 2 3, or 1")
+    parser.add_argument("--series", nargs="+", help="only these; the first is compared with")
+    parser.add_argument("--steps", type=int, help="instead of the suite's")
+    parser.add_argument("--jobs", type=int, default=3, help="runs that share the device")
+    parser.add_argument("--work", type=Path, help="keep the run folders here")
+    parser.add_argument("--out", help="write OUT.json, OUT.md and OUT.png")
+    parser.add_argument("words", nargs="*", help="key=value, as on the command line of a run")
+
+
+def main(args: argparse.Namespace) -> int:
+    from fa3_train.bench.tables import machine
+
+    suite = SUITES[args.suite]
+    work = args.work or Path(tempfile.mkdtemp(prefix="curves-"))
+    try:
+        runs = plan(suite, args, work)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            runs = list(pool.map(execute, runs))
+    finally:
+        if args.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    window = min(50, max(1, runs[0].steps // 5))
+    result = {
+        "what": "curves",
+        "suite": args.suite,
+        "title": suite.title,
+        "command": args.command,
+        "machine": machine(),
+        "window": window,
+        "judgement": judge(runs, window),
+        "seams": seams(runs),
+        "runs": [as_record(run) for run in runs],
+    }
+    print(table(result))
+    if args.out:
+        for path in write(result, runs, args.out):
+            print(f"wrote {path}")
+    failed = [run for run in runs if run.error]
+    for run in failed:
+        print(f"FAILED: {run.series}, seed {run.seed}: {run.error}", file=sys.stderr)
+    return int(bool(failed))
