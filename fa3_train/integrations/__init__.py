@@ -7,7 +7,7 @@
     torchtitan           inner-attention module
     deepspeed            Ulysses around our core
     sdpa                 sdpa_replacement() for F.scaled_dot_product_attention
-    context_parallel     ring attention on the FP32-accumulate primitives
+    context_parallel     one sequence over several ranks: ring, gather; ulysses: by exchanging heads
 
 Each file has ``supports(**arguments) -> str | None``: the reason why a request is not served, or
 None. What happens then is the caller's choice, see :mod:`fa3_train.integrations.policy`. Nothing is

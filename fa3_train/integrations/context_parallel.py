@@ -11,17 +11,16 @@ then has the same number of score blocks.
 Two ways to reach the other ranks' keys:
 
 ``ring_attention``
-    P steps; k and v travel around the ring while the previous block is being computed, partial
-    results combine by their log-sum-exp (Ring Attention, arXiv 2310.01889; FlashAttention's own
-    rescaling, arXiv 2205.14135 section 3.1). In the backward k and v travel again together with
-    their FP32 gradients, which every rank adds to in place: one rounding at the end, as in a single
-    kernel. Memory per rank: two blocks of k and v.
+    P steps; k and v travel around the ring while the block before is being computed, partial
+    results combine by their log-sum-exp; see :mod:`fa3_train.integrations.ring`. Memory per rank:
+    two blocks of k and v, in the backward also of their FP32 gradients. Without a sliding window.
 
 ``gather_attention``
     k and v are gathered once (with GQA they are small), each of the rank's two chunks is one
     packed call over the documents that reach into it, and the FP32 gradients are reduce-scattered.
     Exact with packed documents of any length: a chunk's part of a document and that document's
     keys up to the chunk's end share their last token, which is what bottom-right masks align on.
+    Serves sliding windows.
 
 Both work on every backend that gives (out, lse) and accumulates gradients: ``hopper`` and
 ``reference``.
@@ -29,6 +28,8 @@ Both work on every backend that gives (out, lse) and accumulates gradients: ``ho
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fa3_train.checks import require
+from fa3_train.integrations.ring import Documents, merge, ring, to_device
 from fa3_train.ops import attention
 
 __all__ = [
@@ -58,8 +60,8 @@ def supports(
         return f"method: must be 'ring' or 'gather', got {method!r}"
     if seqlen % (2 * ranks):
         return f"seqlen: must divide by 2 x {ranks} ranks, got {seqlen}"
-    if method == "ring" and packed:
-        return "cu_seqlens: packed documents need method='gather'"
+    if packed and not causal:
+        return "causal: packed documents over several ranks need a causal mask"
     if method == "ring" and window_size != (-1, -1):
         return f"window_size: needs method='gather', got {window_size}"
     if method == "gather" and not causal:
@@ -104,126 +106,7 @@ def zigzag_unshard(shards: list[Tensor], dim: int = 1) -> Tensor:
     return torch.cat(pieces, dim)  # type: ignore[arg-type]
 
 
-# --- combining partial results --------------------------------------------------------------------
-
-
-def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two partial results over disjoint keys as one.
-
-    Args:
-        out, more: (B, S, H, D), ``out`` in fp32. lse, more_lse: (B, H, S) fp32; -inf for rows
-            that saw no key.
-
-    Returns:
-        out = sum_i exp(lse_i - lse) out_i and lse = logsumexp_i lse_i, both fp32.
-    """
-    total = torch.logaddexp(lse, more_lse)
-    base = torch.where(total == -torch.inf, torch.zeros_like(total), total)
-    a, b = ((x - base).exp().transpose(1, 2).unsqueeze(-1) for x in (lse, more_lse))
-    return out * a + more.float() * b, total
-
-
-class _Ring:
-    """Neighbours of this rank, and an exchange that runs beside the computation."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        to_global = dist.get_global_rank if group is not None else lambda _, r: r
-        self.next = to_global(group, (self.rank + 1) % self.ranks)
-        self.previous = to_global(group, (self.rank - 1) % self.ranks)
-
-    def start(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
-        """Send to the next rank, receive from the one before: (buffers, handles to wait for)."""
-        received = [torch.empty_like(x) for x in tensors]
-        ops = [dist.P2POp(dist.isend, x, self.next, self.group) for x in tensors]
-        ops += [dist.P2POp(dist.irecv, x, self.previous, self.group) for x in received]
-        return received, dist.batch_isend_irecv(ops)
-
-
-def _halves(rank: int, source: int, causal: bool) -> tuple[slice, slice, bool]:
-    """Which queries of ``rank`` see which keys of ``source``: (q rows, k rows, causal), as parts of
-    their two chunks. Every step with source != rank is the same amount of work.
-
-    With a causal mask: own keys, the ordinary triangle (chunk r precedes chunk 2P-1-r, and the two
-    are in order). Keys from a lower rank: its first chunk precedes both of ours, its second follows
-    both; so all queries, first half of the keys, no mask. From a higher rank: its both chunks lie
-    between our two; so the second half of the queries, all keys, no mask.
-    """
-    everything, first, second = slice(None), slice(0, 1), slice(1, 2)
-    if not causal:
-        return everything, everything, False
-    if source == rank:
-        return everything, everything, True
-    return (everything, first, False) if source < rank else (second, everything, False)
-
-
-def _part(x: Tensor, halves: slice, dim: int = 1) -> Tensor:
-    if halves == slice(None):
-        return x
-    n = x.shape[dim] // 2
-    return x.narrow(dim, halves.start * n, n)
-
-
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, group, scale, causal, deterministic, backend):
-        ring = _Ring(group)
-        out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float32, device=q.device)
-        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=torch.float32)
-        keys = [k.contiguous(), v.contiguous()]
-        for step in range(ring.ranks):
-            last = step + 1 == ring.ranks
-            incoming, handles = ([], []) if last else ring.start(keys)
-            source = (ring.rank - step) % ring.ranks
-            rows, cols, masked = _halves(ring.rank, source, causal)
-            part, part_lse = attention.attn_fwd(
-                _part(q, rows), _part(keys[0], cols), _part(keys[1], cols), scale, masked,
-                backend=backend,
-            )  # fmt: skip
-            o, m = merge(_part(out, rows), _part(lse, rows, 2), part, part_lse)
-            _part(out, rows).copy_(o)
-            _part(lse, rows, 2).copy_(m)
-            for handle in handles:
-                handle.wait()
-            keys = incoming
-        result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
-        ctx.settings = group, scale, causal, deterministic, backend
-        return result
-
-    @staticmethod
-    def backward(ctx, dout):
-        q, k, v, out, lse = ctx.saved_tensors
-        group, scale, causal, deterministic, backend = ctx.settings
-        ring = _Ring(group)
-        dq = torch.zeros_like(q, dtype=torch.float32)
-        keys = [k.contiguous(), v.contiguous()]
-        sums = [torch.zeros_like(x, dtype=torch.float32) for x in keys]
-        for step in range(ring.ranks):
-            last = step + 1 == ring.ranks
-            incoming, handles = ([], []) if last else ring.start(keys)
-            source = (ring.rank - step) % ring.ranks
-            rows, cols, masked = _halves(ring.rank, source, causal)
-            parts = [
-                torch.zeros_like(_part(x, w), dtype=torch.float32)
-                for x, w in ((q, rows), (keys[0], cols), (keys[1], cols))
-            ]
-            attention.attn_bwd_accumulate(
-                _part(dout, rows), _part(q, rows), _part(keys[0], cols), _part(keys[1], cols),
-                _part(out, rows), _part(lse, rows, 2).contiguous(), *parts, scale, masked,
-                deterministic=deterministic, backend=backend,
-            )  # fmt: skip
-            _part(dq, rows).add_(parts[0])
-            _part(sums[0], cols).add_(parts[1])
-            _part(sums[1], cols).add_(parts[2])
-            for handle in handles:
-                handle.wait()
-            keys = incoming
-            sums, handles = ring.start(sums)  # the gradients follow their keys, home at the end
-            for handle in handles:
-                handle.wait()
-        return (dq.to(q.dtype), sums[0].to(k.dtype), sums[1].to(v.dtype), *(None,) * 5)
+# --- keys travel around a ring -------------------------------------------------------------------
 
 
 def ring_attention(
@@ -232,6 +115,7 @@ def ring_attention(
     v: Tensor,
     group: Any = None,
     *,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = True,
     deterministic: bool = False,
@@ -240,25 +124,41 @@ def ring_attention(
     """Attention over the tokens of all ranks of ``group``; differentiable.
 
     Args:
-        q: (B, S/P, H, D), k and v (B, S/P, Hkv, D): this rank's zig-zag share.
+        q: (B, S/P, H, D), k and v (B, S/P, Hkv, D): this rank's zig-zag share. With ``cu_seqlens``
+            (T/P, H, D) and (T/P, Hkv, D), the share of one row of packed documents.
         group: process group; default the world.
+        cu_seqlens: (N + 1) boundaries of the documents in the *whole* row; see
+            :func:`gather_attention`.
 
     Returns:
-        (B, S/P, H, Dv), equal up to rounding to the share of attention over the whole sequence.
+        The shape of q with the head dim of v: up to rounding the share of attention over the whole
+        sequence or row.
 
     Raises:
         ArgumentError: an odd share, or what :func:`fa3_train.flash_attn_func` refuses.
     """
+    group = dist.group.WORLD if group is None else group
     ranks = dist.get_world_size(group)
-    _require_supported(seqlen=q.shape[1] * ranks, ranks=ranks, causal=causal)
-    require(k.shape[1] == q.shape[1], "k", "must have as many tokens as q", k.shape[1])
-    return _RingAttention.apply(q, k, v, group, softmax_scale, causal, deterministic, backend)
+    packed = cu_seqlens is not None
+    dims = 3 if packed else 4
+    require(q.dim() == dims, "q", f"must have {dims} dimensions", tuple(q.shape))
+    tokens = q.shape[dims - 3]
+    _require_supported(seqlen=tokens * ranks, ranks=ranks, causal=causal, packed=packed)
+    for name, x in (("k", k), ("v", v)):
+        same = x.dim() == dims and x.shape[: dims - 2] == q.shape[: dims - 2]
+        require(same, name, f"must have as many tokens as q {tuple(q.shape)}", tuple(x.shape))
+    documents = () if cu_seqlens is None else _boundaries(cu_seqlens, tokens * ranks)
+    rows = [x.unsqueeze(0) if packed else x for x in (q, k, v)]
+    out = ring(*rows, documents, group, softmax_scale, causal, deterministic, backend)
+    return out.squeeze(0) if packed else out
 
 
 # --- all keys at once, for packed documents -------------------------------------------------------
 
 
-def _chunk_documents(cu: list[int], start: int, end: int) -> tuple[list[int], list[int], int, int]:
+def _chunk_documents(
+    cu: Sequence[int], start: int, end: int
+) -> tuple[list[int], list[int], int, int]:
     """Documents that reach into tokens start..end of the whole row.
 
     Returns:
@@ -274,21 +174,34 @@ def _chunk_documents(cu: list[int], start: int, end: int) -> tuple[list[int], li
     return cu_q, cu_k, first, first + cu_k[-1]
 
 
+@functools.lru_cache(maxsize=64)
+def _gather_calls(
+    documents: Documents, rank: int, ranks: int, device: torch.device
+) -> list[tuple[dict[str, Any], int, int]]:
+    """For each of the rank's chunks: lengths of its packed call, and the range of its keys."""
+    n = documents[-1] // (2 * ranks)
+    calls = []
+    for c in _chunks(rank, ranks):
+        cu_q, cu_k, first, end = _chunk_documents(documents, c * n, (c + 1) * n)
+        lengths: dict[str, Any] = {}
+        for name, cu in (("q", cu_q), ("k", cu_k)):
+            lengths[f"cu_seqlens_{name}"] = to_device(cu, device)
+            longest = max((b - a for a, b in zip(cu, cu[1:], strict=False)), default=0)
+            lengths[f"max_seqlen_{name}"] = longest
+        calls.append((lengths, first, end))
+    return calls
+
+
 class _GatherAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu, group, scale, window, deterministic, backend):
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    def forward(ctx, q, k, v, documents, group, scale, window, deterministic, backend):
+        calls = _gather_calls(documents, dist.get_rank(group), dist.get_world_size(group), q.device)
         k_all, v_all = (_gather(x, group) for x in (k, v))
-        calls = []
-        for c, q_chunk in zip(_chunks(rank, ranks), q.chunk(2, 0), strict=True):
-            n = q_chunk.shape[0]
-            cu_q, cu_k, a, b = _chunk_documents(cu, c * n, (c + 1) * n)
-            calls.append((cu_q, cu_k, a, b))
         outs, lses = [], []
-        for q_chunk, (cu_q, cu_k, a, b) in zip(q.chunk(2, 0), calls, strict=True):
+        for q_chunk, (lengths, a, b) in zip(q.chunk(2, 0), calls, strict=True):
             out, lse = attention.attn_fwd(
-                q_chunk, k_all[a:b], v_all[a:b], scale, True, **_lengths(cu_q, cu_k, q.device),
-                window_size=window, backend=backend,
+                q_chunk, k_all[a:b], v_all[a:b], scale, True, **lengths, window_size=window,
+                backend=backend,
             )  # fmt: skip
             outs.append(out)
             lses.append(lse)
@@ -297,32 +210,38 @@ class _GatherAttention(torch.autograd.Function):
         return torch.cat(outs)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         q, k, v, *saved = ctx.saved_tensors
         calls, group, scale, window, deterministic, backend = ctx.settings
         k_all, v_all = (_gather(x, group) for x in (k, v))
-        dq = torch.zeros_like(q, dtype=torch.float32)
+        dq = torch.zeros_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
         sums = [torch.zeros_like(x, dtype=torch.float32) for x in (k_all, v_all)]
-        for i, (cu_q, cu_k, a, b) in enumerate(calls):
+        for i, (lengths, a, b) in enumerate(calls):
             out, lse = saved[i], saved[2 + i]
             attention.attn_bwd_accumulate(
                 dout.chunk(2, 0)[i].contiguous(), q.chunk(2, 0)[i], k_all[a:b], v_all[a:b], out,
-                lse, dq.chunk(2, 0)[i], sums[0][a:b], sums[1][a:b], scale, True,
-                **_lengths(cu_q, cu_k, q.device), window_size=window, deterministic=deterministic,
-                backend=backend,
+                lse, dq.chunk(2, 0)[i], sums[0][a:b], sums[1][a:b], scale, True, **lengths,
+                window_size=window, deterministic=deterministic, backend=backend,
             )  # fmt: skip
         dk, dv = (_reduce_scatter(x, group) for x in sums)
         return (dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *(None,) * 6)
 
 
-def _lengths(cu_q: list[int], cu_k: list[int], device: torch.device) -> dict[str, Any]:
-    q, k = (torch.tensor(x, dtype=torch.int32, device=device) for x in (cu_q, cu_k))
-    return {
-        "cu_seqlens_q": q,
-        "cu_seqlens_k": k,
-        "max_seqlen_q": max((b - a for a, b in zip(cu_q, cu_q[1:], strict=False)), default=0),
-        "max_seqlen_k": max((b - a for a, b in zip(cu_k, cu_k[1:], strict=False)), default=0),
-    }
+def _boundaries(cu_seqlens: Sequence[int] | Tensor, total: int) -> Documents:
+    """``cu_seqlens`` as numbers on the host, after judging them."""
+    if isinstance(cu_seqlens, Tensor):
+        require(
+            cu_seqlens.device.type == "cpu", "cu_seqlens", "must be on the CPU", cu_seqlens.device
+        )
+        cu_seqlens = cu_seqlens.tolist()
+    documents = tuple(cu_seqlens)
+    rises = all(a <= b for a, b in zip(documents, documents[1:], strict=False))
+    require(
+        len(documents) > 1 and documents[0] == 0 and documents[-1] == total and rises,
+        "cu_seqlens", f"must rise from 0 to the {total} tokens of all ranks", documents,
+    )  # fmt: skip
+    return documents
 
 
 def _gather(x: Tensor, group: Any) -> Tensor:
@@ -349,7 +268,7 @@ def gather_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: list[int] | Tensor,
+    cu_seqlens: Sequence[int] | Tensor,
     group: Any = None,
     *,
     softmax_scale: float | None = None,
@@ -369,20 +288,13 @@ def gather_attention(
     Returns:
         (T/P, H, Dv).
     """
-    if isinstance(cu_seqlens, Tensor):
-        require(
-            cu_seqlens.device.type == "cpu", "cu_seqlens", "must be on the CPU", cu_seqlens.device
-        )
-        cu_seqlens = cu_seqlens.tolist()
+    group = dist.group.WORLD if group is None else group
     ranks = dist.get_world_size(group)
     total = q.shape[0] * ranks
     _require_supported(
         seqlen=total, ranks=ranks, method="gather", packed=True, window_size=window_size
     )
-    require(
-        cu_seqlens[0] == 0 and cu_seqlens[-1] == total and sorted(cu_seqlens) == cu_seqlens,
-        "cu_seqlens", f"must rise from 0 to the {total} tokens of all ranks", cu_seqlens,
-    )  # fmt: skip
+    documents = _boundaries(cu_seqlens, total)
     return _GatherAttention.apply(
-        q, k, v, cu_seqlens, group, softmax_scale, window_size, deterministic, backend
+        q, k, v, documents, group, softmax_scale, window_size, deterministic, backend
     )
