@@ -5,7 +5,8 @@ x (B, S, hidden) or (T, hidden); q (..., H, D); k and v (..., Hkv, D) with H a m
 Which of the two it is follows from `cu_seqlens`: given, x is packed.
 
 q, k and v are strided views of the one QKV GEMM's output; nothing is transposed or made
-contiguous on the way into the attention op.
+contiguous on the way into the attention op. On the Hopper kernels the product itself goes into one
+op that rotates q and k in place and returns one gradient for all three (ops/packed_qkv.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from torch import nn
 from fa3_train.modules.linear import build_linear, build_norm_linear
 from fa3_train.modules.norm import RMSNorm
 from fa3_train.modules.rope import Rope, document_positions, rotate
-from fa3_train.ops.attention import flash_attn_func, flash_attn_varlen_func
+from fa3_train.ops.attention import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    resolve_backend,
+)
+from fa3_train.ops.packed_qkv import packed_attention
 
 
 class FlashAttention(nn.Module):
@@ -82,9 +88,10 @@ class FlashAttention(nn.Module):
     def forward(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
         *,
+        kv_heads: int | None = None,
         cu_seqlens_q: torch.Tensor | None = None,
         cu_seqlens_k: torch.Tensor | None = None,
         max_seqlen_q: int | None = None,
@@ -95,9 +102,20 @@ class FlashAttention(nn.Module):
         """Attention of q (..., H, D) over k, v (..., Hkv, D) -> (..., H, D).
 
         Packed inputs need cu_seqlens_q (N + 1,) int32 and max_seqlen_q; those of k default to
-        them. `rope` = (cos, sin) tables is for precision="fp8" only, where q and k come in
-        unrotated.
+        them. `rope` = (cos, sin) tables is for precision="fp8", where q and k come in unrotated,
+        and for self-attention on the product of a projection: q alone, (..., H + 2 Hkv, D) with
+        kv_heads = Hkv, which is overwritten (see `serves_product`).
         """
+        if k is None or v is None:
+            if kv_heads is None:
+                raise ValueError("kv_heads must be given where k and v are not, got None")
+            cos, sin = rope if rope is not None else (None, None)
+            return packed_attention(
+                q, q.shape[-2] - 2 * kv_heads, kv_heads, cos, sin, position_ids=position_ids,
+                cu_seqlens=cu_seqlens_q, max_seqlen=max_seqlen_q,
+                softmax_scale=self.softmax_scale, causal=self.causal, window_size=self.window,
+                softcap=self.softcap, deterministic=self.deterministic,
+            )
         lengths: tuple[Any, ...] = ()
         if cu_seqlens_q is not None:
             if max_seqlen_q is None:
@@ -127,6 +145,27 @@ class FlashAttention(nn.Module):
             window_size=self.window, softcap=self.softcap, deterministic=self.deterministic,
             backend=self.backend,
         )
+
+    def serves_product(self, qkv: torch.Tensor, kv_heads: int) -> bool:
+        """Whether `forward` takes the QKV projection's whole product (..., H + 2 Hkv, D): eager, in
+        16 bits, on the Hopper kernels."""
+        if self.precision != "bf16" or not qkv.is_cuda or torch.compiler.is_compiling():
+            return False
+        if qkv.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda"):
+            return False
+        used = {
+            "varlen": qkv.dim() == 3,
+            "grouped": qkv.shape[-2] != 3 * kv_heads,
+            "window_size": self.window[0] >= 0 or self.window[1] > 0,
+            "softcap": self.softcap != 0.0,
+            "deterministic": self.deterministic,
+            "grad": torch.is_grad_enabled() and qkv.requires_grad,
+        }
+        options = tuple(name for name, on in used.items() if on)
+        chosen = resolve_backend(
+            self.backend, qkv.device, qkv.dtype, self.head_dim, options=options
+        )
+        return chosen == "hopper"
 
     def extra_repr(self) -> str:
         return (
@@ -191,13 +230,19 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         """`position_ids` int (T,) or (B, S); default: 0, 1, ... in each sequence or document."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        tables = self.rope.tables(x.device)
+        packing: dict[str, Any] = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen}
+        if self.q_norm is None and self.core.serves_product(heads, self.num_kv_heads):
+            out = self.core(
+                heads, kv_heads=self.num_kv_heads, **packing, rope=tables,
+                position_ids=position_ids,
+            )
+            return self.out_proj(out.flatten(-2))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cu_seqlens is not None and position_ids is None:
             position_ids = document_positions(cu_seqlens, x.shape[0])
-        tables = self.rope.tables(x.device)
-        packing = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen}
         if self.core.precision == "fp8":  # rotates as it quantizes
             out = self.core(q, k, v, **packing, rope=tables, position_ids=position_ids)
         else:

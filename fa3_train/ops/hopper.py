@@ -303,6 +303,32 @@ def _dsink_without_keys(dsink, sink, out, dout, lse, dlse):
     return dlse.sum([d for d in range(dlse.dim()) if d != heads])
 
 
+def backward_into(
+    dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale,
+    causal, window_left, window_right, softcap, deterministic, grads,
+) -> None:  # fmt: skip
+    """attn_bwd whose results go into ``grads``, three given views in the dtype of q."""
+    dout, out, lse = _kernel_ready(dout), _kernel_ready(out), lse.contiguous()
+    # As part of the key the views stand where fp32 accumulators would: nothing else differs.
+    key, known, shape = _backward_request(
+        dout, q, k, v, out, lse, None, cu_seqlens_q, cu_seqlens_k, None, max_seqlen_q,
+        max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap, deterministic, 0,
+        grads,
+    )  # fmt: skip
+    if shape.empty or shape.total_k == 0:
+        for grad in grads:
+            grad.zero_()
+        return
+    if known is None:
+        for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
+            checks.check_hopper_tensor(name, grad)
+    _launch_backward(
+        key, known, shape, dout, q, k, v, out, lse, None, cu_seqlens_q, cu_seqlens_k, None, None,
+        grads, (None, None, None), softmax_scale, causal, window_left, window_right, softcap,
+        deterministic, 0,
+    )  # fmt: skip
+
+
 def _attn_bwd_fake(
     dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, sink, max_seqlen_q, max_seqlen_k,
     softmax_scale, causal, window_left, window_right, softcap, deterministic, options=0,

@@ -202,6 +202,45 @@ def test_bf16_loss_and_gradients(backend, change, policy):
     judge(model, batch, run(model, batch, labelled=False), loss, grads, weights)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (6, 2, 128), (2, 1, 256)])
+@pytest.mark.parametrize("options", [{}, {"window_size": (40, 0)}], ids=["causal", "window"])
+def test_the_product_alone_gives_the_same_bits(packed, heads, kv_heads, dim, options):
+    """packed_attention launches the very kernels: only where they read and write differs."""
+    from fa3_train.ops.attention import flash_attn_func, flash_attn_varlen_func
+    from fa3_train.ops.packed_qkv import packed_attention
+    from fa3_train.ops.preprocess import rope
+    from fa3_train.rotary import rope_tables
+
+    cu = torch.tensor([0, 1, 130, 130, 300], dtype=torch.int32, device="cuda") if packed else None
+    shape = (300,) if packed else (2, 150)
+    qkv = torch.randn(*shape, heads + 2 * kv_heads, dim, device="cuda", dtype=BF16)
+    up = torch.randn(*shape, heads, dim, device="cuda", dtype=BF16)
+    cos, sin = rope_tables(dim, 300, device="cuda")
+    common = {"causal": True, "deterministic": True, **options}
+
+    def by_views(x):
+        q, k, v = x.split((heads, kv_heads, kv_heads), dim=-2)
+        if not packed:
+            return flash_attn_func(*rope(q, k, cos, sin), v, **common)
+        from fa3_train.modules.rope import document_positions
+
+        q, k = rope(q, k, cos, sin, position_ids=document_positions(cu, 300))
+        return flash_attn_varlen_func(q, k, v, cu, cu, 170, 170, **common)
+
+    def by_product(x):
+        lengths = {"cu_seqlens": cu, "max_seqlen": 170} if packed else {}
+        return packed_attention(x * 1.0, heads, kv_heads, cos, sin, **lengths, **common)
+
+    results = []
+    for run_one in (by_views, by_product):
+        x = qkv.clone().requires_grad_()
+        out = run_one(x)
+        results.append((out, *torch.autograd.grad(out, x, up)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_compiled_layers():
     config = CONFIG.replace(
         attention_backend="hopper", compile_layers=True, activation_checkpointing="selective"
