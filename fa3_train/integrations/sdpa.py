@@ -4,8 +4,12 @@
         loss = model(batch)
 
 torch's function takes (B, H, S, D) and aligns causal masks top-left; ours takes (B, S, H, D) and
-aligns bottom-right. The two agree where Sq = Sk, so ``is_causal`` with Sq != Sk is refused, as are
-explicit masks and dropout. The transposes are views: no copy is made.
+aligns bottom-right. The two agree where Sq = Sk. With more keys than queries, torch's mask hides
+the keys from Sq on from every query, so they are cut off; with more queries than keys, the queries
+from Sk on see all keys, in a second call. Fewer or more than four dimensions and leading dimensions
+that broadcast are brought into shape. Explicit masks and dropout are refused.
+
+The transposes are views: no copy is made unless something is broadcast.
 
 Code that did ``from torch.nn.functional import scaled_dot_product_attention`` at import keeps its
 own reference and is not reached: patch such a module by name with ``modules=``.
@@ -46,18 +50,57 @@ def supports(
         return f"attn_mask: explicit masks are not served, got shape {tuple(attn_mask.shape)}"
     if dropout_p != 0.0:
         return f"dropout_p: attention dropout is not served, got {dropout_p}"
-    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        return f"query: must have 4 dimensions (B, H, S, D), got {tuple(query.shape)}"
-    if is_causal and query.shape[-2] != key.shape[-2]:
-        return (
-            "is_causal: torch aligns the mask top-left, these kernels bottom-right; needs as many "
-            f"queries as keys, got {query.shape[-2]} and {key.shape[-2]}"
-        )
-    if not enable_gqa and query.shape[1] != key.shape[1]:
-        return f"enable_gqa: must be True for {query.shape[1]} query and {key.shape[1]} key heads"
-    if query.shape[0] != key.shape[0] or query.shape[0] != value.shape[0]:
-        return "key: broadcasting over the batch is not served"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.is_nested or x.dim() < 2:
+            return f"{name}: must be a strided tensor (..., S, D), got {tuple(x.shape)}"
+    try:
+        _lead(query, key, value, enable_gqa)
+    except (RuntimeError, ValueError) as error:
+        shapes = [tuple(x.shape) for x in (query, key, value)]
+        return f"key: leading dimensions do not fit those of query, got {shapes} ({error})"
     return None
+
+
+def _lead(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[torch.Size, tuple[int, int, int]]:
+    """(batch dimensions, heads of query, key and value), after broadcasting."""
+    tensors = (query, key, value)
+    batch = torch.broadcast_shapes(*(x.shape[:-3] for x in tensors))
+    heads = tuple(x.shape[-3] if x.dim() > 2 else 1 for x in tensors)
+    if not enable_gqa:
+        (count,) = torch.broadcast_shapes(*((n,) for n in heads))
+        heads = (count, count, count)
+    elif heads[1] != heads[2] or heads[1] == 0 or heads[0] % heads[1]:
+        raise ValueError("enable_gqa: the key heads must divide the query heads")
+    return batch, heads  # type: ignore[return-value]
+
+
+def _fold(x: Tensor, batch: torch.Size, heads: int) -> Tensor:
+    """(..., S, D) to (B, H, S, D); a view unless something is broadcast."""
+    shape = (*batch, heads, *x.shape[-2:])
+    if x.shape != shape:
+        x = x.expand(shape).contiguous()
+    return x.reshape(-1, *shape[-3:])
+
+
+def _serve(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, backend: str
+) -> Tensor:
+    """(B, H, S, D), with torch's top-left mask expressed by ours; see the head of this file."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    sq, sk = q.shape[1], k.shape[1]
+    if is_causal and sq < sk:
+        k, v = k[:, :sq], v[:, :sq]
+    if is_causal and sq > sk:
+        first, rest = (
+            attention.flash_attn_func(rows, k, v, scale, causal, backend=backend)
+            for rows, causal in ((q[:, :sk], True), (q[:, sk:], False))
+        )
+        out = torch.cat([first, rest], 1)
+    else:
+        out = attention.flash_attn_func(q, k, v, scale, is_causal, backend=backend)
+    return out.transpose(1, 2)
 
 
 def scaled_dot_product_attention(
@@ -73,7 +116,7 @@ def scaled_dot_product_attention(
     policy: Policy | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """torch's function on these kernels: (B, H, S, D) in, (B, H, S, Dv) out.
+    """torch's function on these kernels: (..., H, S, D) in, (..., H, S, Dv) out.
 
     Raises:
         UnsupportedRequest: what :func:`supports` names, unless ``policy`` says ``warn``.
@@ -89,11 +132,11 @@ def scaled_dot_product_attention(
             )  # fmt: skip
 
         return (policy or Policy("sdpa")).refuse(reason, fallback)
-    out = attention.flash_attn_func(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, is_causal,
-        backend=backend,
-    )  # fmt: skip
-    return out.transpose(1, 2)
+    batch, heads = _lead(query, key, value, enable_gqa)
+    folded = (_fold(x, batch, n) for x, n in zip((query, key, value), heads, strict=True))
+    out = _serve(*folded, is_causal, scale, backend)
+    lead = (*batch, heads[0]) if max(x.dim() for x in (query, key, value)) > 2 else ()
+    return out.reshape(*lead, *out.shape[-2:])
 
 
 @contextlib.contextmanager
