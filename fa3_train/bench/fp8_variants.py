@@ -82,10 +82,11 @@ class _Coded(torch.autograd.Function):
             out = out.to(q.dtype)
         ctx.save_for_backward(*codes, *descales, out, lse, cu)
         ctx.call = (longest, scale)
-        return out
+        result: Tensor = out
+        return result
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         *coded, out, lse, cu = ctx.saved_tensors
         longest, scale = ctx.call
         backend = "hopper" if dout.is_cuda else "reference"
@@ -103,10 +104,18 @@ class _Coded(torch.autograd.Function):
         return dq.to(out.dtype), dk.to(out.dtype), dv.to(out.dtype), None, None, None, None
 
 
-class VariantAttention(nn.Module):
-    """In the place of a causal FlashAttention(precision="fp8"), for packed tokens."""
+class _StandIn(nn.Module):
+    """What SelfAttention asks of its attention before it calls it."""
 
-    precision = "fp8"  # SelfAttention then hands over q and k unrotated, with the tables
+    precision = "fp8"  # hand over q and k unrotated, with the tables
+
+    def serves_product(self, qkv: Tensor, kv_heads: int) -> bool:
+        """Not the undivided product of the projection."""
+        return False
+
+
+class VariantAttention(_StandIn):
+    """In the place of a causal FlashAttention(precision="fp8"), for packed tokens."""
 
     def __init__(self, core: FlashAttention, variant: Variant) -> None:
         super().__init__()
@@ -157,10 +166,8 @@ def install(model: nn.Module, variant: Variant) -> None:
 # ---- perplexity ------------------------------------------------------------------------------
 
 
-class _Shadow(nn.Module):
+class _Shadow(_StandIn):
     """The BF16 attention of a layer, beside which every variant runs on the same inputs."""
-
-    precision = "fp8"
 
     def __init__(self, plain: FlashAttention, others: dict[str, nn.Module]) -> None:
         super().__init__()
