@@ -53,6 +53,9 @@ TOLERANCES: dict[str, Tolerance] = {
 # before it times a peer. bf16 results and gradients differ by some 3e-3, FP8 ones by some 5e-2.
 AGREEMENT = 2e-2
 AGREEMENT_FP8 = 1.5e-1
+# FP8 attention on normal data, relative RMS against fp32: a quarter of what cuDNN's FP8 attention
+# (one delayed scale per tensor, FP8 backward) measures.
+FP8_GRADIENTS = {"dq": 2.75e-2, "dk": 2.75e-2, "dv": 2.2e-2}
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

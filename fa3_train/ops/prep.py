@@ -6,11 +6,17 @@
 Each serves up to three tensors of one head dim in one launch. ``stages`` has a bit mask per tensor:
 ROPE, HADAMARD, QUANTIZE. With ``inverse`` prep is the gradient: rotation and transform are
 orthogonal, so it is their inverse. Fakes run the same checks: tracing refuses what eager refuses.
+
+As with attention (ops/launch.py), checks and the struct of a call are remembered per layout and
+options; a repeated call allocates its results and sets pointers.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +24,7 @@ from torch import Tensor
 from fa3_train import _lib, checks, reference_fp8
 from fa3_train.checks import fail
 from fa3_train.ops import hopper
+from fa3_train.ops.launch import Key, Plan, address, meta, remember
 
 ROPE, HADAMARD, QUANTIZE = 1, 2, 4
 MAX_TENSORS = 3
@@ -128,76 +135,148 @@ def _descale_shape(x: Tensor, block_size: int, cu_seqlens: Tensor | None) -> tup
 # ---- the ops ---------------------------------------------------------------------------------
 
 
-def _outputs(xs, stages, cu_seqlens, block_size, out_dtype) -> tuple[list[Tensor], list[Tensor]]:
-    outs, descales = [], []
+Results = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+def _results(xs, stages, cu_seqlens, block_size, out_dtype) -> Results:
+    """Shapes and dtypes of what prep returns: outs, then the descales of the quantized."""
+    outs: Results = []
+    descales: Results = []
     for x, stage in zip(xs, stages, strict=True):
         if stage & QUANTIZE:
-            outs.append(x.new_empty(x.shape, dtype=E4M3))
-            shape = _descale_shape(x, block_size, cu_seqlens)
-            descales.append(x.new_empty(shape, dtype=torch.float32))
+            outs.append((tuple(x.shape), E4M3))
+            descales.append((_descale_shape(x, block_size, cu_seqlens), torch.float32))
         else:
-            outs.append(x.new_empty(x.shape, dtype=out_dtype))
-    return outs, descales
+            outs.append((tuple(x.shape), out_dtype))
+    return outs + descales
 
 
 def _fill_shape(params: _lib.PrepParams, x: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is not None:
-        params.cu_seqlens = cu_seqlens.data_ptr()
         params.batch, params.total = cu_seqlens.shape[0] - 1, x.shape[0]
     else:
         params.batch, params.seqlen = (x.shape[0] if x.dim() == 4 else 1), x.shape[-3]
     params.head_dim = x.shape[-1]
-    params.stream = hopper.stream_of(x)
 
 
 def _kernel_ready(x: Tensor) -> Tensor:
     """``x``, copied only if the kernels cannot read it: 16-byte strides, contiguous last dim."""
-    aligned = x.data_ptr() % checks.ALIGNMENT_BYTES == 0
-    return x if aligned and checks.layout_problem(x) is None else x.contiguous()
+    if x.data_ptr() % checks.ALIGNMENT_BYTES == 0 and checks.layout_problem(x) is None:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What one key of the memory holds; no plan where there is nothing to launch."""
+
+    ready: bool  # the kernels can read such strides, given aligned addresses
+    results: Results
+    plan: Plan | None
+
+
+_preps: dict[Key, _Known] = {}
+_dequantizations: dict[Key, _Known] = {}
+
+
+def _recheck(xs: Sequence[Tensor], cu_seqlens: Tensor | None) -> None:
+    """The rules that a known key does not settle: entries of cu_seqlens, where they are read."""
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens("cu_seqlens", cu_seqlens, xs[0].device, xs[0].shape[0], None)
+
+
+def _misaligned(xs: Sequence[Tensor]) -> bool:
+    bits = 0
+    for x in xs:
+        bits |= x.data_ptr()
+    return bits % checks.ALIGNMENT_BYTES != 0
+
+
+def _tensor_pointers(count: int) -> tuple[str, ...]:
+    fields = ("x.ptr", "out.ptr", "descale")
+    return tuple(f"tensors.{i}.{field}" for i in range(count) for field in fields)
+
+
+def _plan_prep(
+    xs, stages, cos, cu_seqlens, interleaved, inverse, block_size, out_dtype, options, results
+) -> Plan | None:
+    if xs[0].numel() == 0:
+        return None
+    params = _lib.PrepParams()
+    for i, (x, stage) in enumerate(zip(xs, stages, strict=True)):
+        out = torch.empty(results[i][0], dtype=results[i][1], device="meta")
+        params.tensors[i] = _lib.PrepTensor(
+            hopper.strided(x), hopper.strided(out), None, x.shape[-2],
+            int(bool(stage & ROPE)), int(bool(stage & HADAMARD)), int(bool(stage & QUANTIZE)),
+        )  # fmt: skip
+    if any(stage & ROPE for stage in stages):
+        params.positions, params.rotary_dim = cos.shape[0], 2 * cos.shape[1]
+    params.num_tensors = len(xs)
+    _fill_shape(params, xs[0], cu_seqlens)
+    params.interleaved, params.inverse = int(interleaved), int(inverse)
+    params.in_dtype, params.out_dtype = _DTYPE_CODES[xs[0].dtype], _DTYPE_CODES[out_dtype]
+    params.block_size, params.options = block_size, options
+    pointers = (*_tensor_pointers(len(xs)), "cos", "sin", "signs", "position_ids", "cu_seqlens")
+    return Plan("fa3_prep", params, xs[0].device, pointers)
 
 
 def _prep(
     xs, stages, cos, sin, signs, position_ids, cu_seqlens, interleaved, inverse, block_size=128,
     out_dtype=None, options=0,
 ):  # fmt: skip
-    check_prep(xs, stages, cos, sin, signs, position_ids, cu_seqlens, block_size)
-    if out_dtype is None:
-        out_dtype = xs[0].dtype
-    outs, descales = _outputs(xs, stages, cu_seqlens, block_size, out_dtype)
-    if outs[0].numel() == 0:
-        for descale in descales:
-            descale.fill_(1.0)
-        return outs + descales
-    params = _lib.PrepParams()
-    xs = [_kernel_ready(x) for x in xs]  # referenced until the launch
-    scales = iter(descales)
-    for i, (x, out, stage) in enumerate(zip(xs, outs, stages, strict=True)):
-        address = next(scales).data_ptr() if stage & QUANTIZE else None
-        params.tensors[i] = _lib.PrepTensor(
-            hopper.strided(x), hopper.strided(out), address, x.shape[-2],
-            int(bool(stage & ROPE)), int(bool(stage & HADAMARD)), int(bool(stage & QUANTIZE)),
+    key = (
+        *stages, *map(meta, xs), meta(cos), meta(sin), meta(signs), meta(position_ids),
+        meta(cu_seqlens), interleaved, inverse, block_size, out_dtype, options,
+    )  # fmt: skip
+    known = _preps.get(key)
+    if known is None:
+        check_prep(xs, stages, cos, sin, signs, position_ids, cu_seqlens, block_size)
+        dtype = xs[0].dtype if out_dtype is None else out_dtype
+        ready = all(checks.layout_problem(x) is None for x in xs)
+        results = _results(xs, stages, cu_seqlens, block_size, dtype)
+        plan = None
+        if ready:
+            plan = _plan_prep(
+                xs, stages, cos, cu_seqlens, interleaved, inverse, block_size, dtype, options,
+                results,
+            )  # fmt: skip
+        known = remember(_preps, key, _Known(ready, results, plan))
+    else:
+        _recheck(xs, cu_seqlens)
+    if not known.ready or _misaligned(xs):
+        return _prep(
+            [_kernel_ready(x) for x in xs], stages, cos, sin, signs, position_ids, cu_seqlens,
+            interleaved, inverse, block_size, out_dtype, options,
         )  # fmt: skip
-    kept = []  # converted arguments, alive until the launch
-    if any(stage & ROPE for stage in stages):
-        kept += [cos.contiguous(), sin.contiguous()]
-        params.cos, params.sin = (t.data_ptr() for t in kept)
-        params.positions, params.rotary_dim = cos.shape[0], 2 * cos.shape[1]
+    results = [xs[0].new_empty(shape, dtype=kind) for shape, kind in known.results]
+    if known.plan is None:
+        for descale in results[len(xs) :]:
+            descale.fill_(1.0)
+        return results
+    pointers = []
+    scales = len(xs)
+    for x, out, stage in zip(xs, results, stages, strict=False):
+        pointers += [x.data_ptr(), out.data_ptr(), 0]
+        if stage & QUANTIZE:
+            pointers[-1] = results[scales].data_ptr()
+            scales += 1
+    used = functools.reduce(operator.or_, stages)
+    kept = [None] * 4  # cos, sin, signs, position_ids as the kernels read them, until the launch
+    if used & ROPE:
+        kept[:2] = cos.contiguous(), sin.contiguous()
         if position_ids is not None:
-            ids = position_ids.to(torch.int32).expand(xs[0].shape[:-2]).contiguous()
-            kept.append(ids)
-            params.position_ids = ids.data_ptr()
-    if signs is not None and any(stage & HADAMARD for stage in stages):
-        kept.append(signs.float().contiguous())
-        params.signs = kept[-1].data_ptr()
-    params.num_tensors = len(xs)
-    _fill_shape(params, xs[0], cu_seqlens)
-    params.interleaved, params.inverse = int(interleaved), int(inverse)
-    params.in_dtype, params.out_dtype = _DTYPE_CODES[xs[0].dtype], _DTYPE_CODES[out_dtype]
-    params.block_size, params.options = block_size, options
-    with torch.cuda.device(xs[0].device):
-        _lib.load().call("fa3_prep", params)
-    del kept
-    return outs + descales
+            kept[3] = _kernel_ids(position_ids, xs[0])
+    if used & HADAMARD and signs is not None:
+        kept[2] = signs.float().contiguous()
+    known.plan.launch(*pointers, *map(address, kept), address(cu_seqlens))
+    return results
+
+
+def _kernel_ids(position_ids: Tensor, x: Tensor) -> Tensor:
+    """int32, one per token: as given, or converted."""
+    if position_ids.dtype == torch.int32 and position_ids.shape == x.shape[:-2]:
+        return position_ids.contiguous()
+    return position_ids.to(torch.int32).expand(x.shape[:-2]).contiguous()
 
 
 def _prep_fake(
@@ -206,8 +285,8 @@ def _prep_fake(
 ):  # fmt: skip
     check_prep(xs, stages, cos, sin, signs, position_ids, cu_seqlens, block_size)
     dtype = xs[0].dtype if out_dtype is None else out_dtype
-    outs, descales = _outputs(xs, stages, cu_seqlens, block_size, dtype)
-    return outs + descales
+    results = _results(xs, stages, cu_seqlens, block_size, dtype)
+    return [xs[0].new_empty(shape, dtype=kind) for shape, kind in results]
 
 
 def check_dequantize(codes, descales, cu_seqlens, block_size, dtype) -> None:
@@ -228,24 +307,45 @@ def check_dequantize(codes, descales, cu_seqlens, block_size, dtype) -> None:
         fail("block_size", f"must be one of {BLOCK_SIZES}", block_size)
 
 
-def _dequantize(codes, descales, cu_seqlens, block_size, dtype):
-    check_dequantize(codes, descales, cu_seqlens, block_size, dtype)
-    outs = [x.new_empty(x.shape, dtype=dtype) for x in codes]
-    if outs[0].numel() == 0:
-        return outs
+def _plan_dequantize(codes, cu_seqlens, block_size, dtype, results) -> Plan | None:
+    if codes[0].numel() == 0:
+        return None
     params = _lib.PrepParams()
-    codes = [_kernel_ready(x) for x in codes]
-    descales = [d.contiguous() for d in descales]
-    for i, (x, out, d) in enumerate(zip(codes, outs, descales, strict=True)):
+    for i, x in enumerate(codes):
+        out = torch.empty(results[i][0], dtype=dtype, device="meta")
         params.tensors[i] = _lib.PrepTensor(
-            hopper.strided(x), hopper.strided(out), d.data_ptr(), x.shape[-2], 0, 0, 0
+            hopper.strided(x), hopper.strided(out), None, x.shape[-2], 0, 0, 0
         )
     params.num_tensors = len(codes)
     _fill_shape(params, codes[0], cu_seqlens)
     params.in_dtype, params.out_dtype = _lib.E4M3, _DTYPE_CODES[dtype]
     params.block_size = block_size
-    with torch.cuda.device(codes[0].device):
-        _lib.load().call("fa3_prep", params)
+    pointers = (*_tensor_pointers(len(codes)), "cu_seqlens")
+    return Plan("fa3_prep", params, codes[0].device, pointers)
+
+
+def _dequantize(codes, descales, cu_seqlens, block_size, dtype):
+    key = (*map(meta, codes), *map(meta, descales), meta(cu_seqlens), block_size, dtype)
+    known = _dequantizations.get(key)
+    if known is None:
+        check_dequantize(codes, descales, cu_seqlens, block_size, dtype)
+        ready = all(checks.layout_problem(x) is None for x in codes)
+        results: Results = [(tuple(x.shape), dtype) for x in codes]
+        plan = _plan_dequantize(codes, cu_seqlens, block_size, dtype, results) if ready else None
+        known = remember(_dequantizations, key, _Known(ready, results, plan))
+    else:
+        _recheck(codes, cu_seqlens)
+    if not known.ready or _misaligned(codes):
+        ready_codes = [_kernel_ready(x) for x in codes]
+        return _dequantize(ready_codes, descales, cu_seqlens, block_size, dtype)
+    outs = [codes[0].new_empty(shape, dtype=kind) for shape, kind in known.results]
+    if known.plan is None:
+        return outs
+    scales = [d.contiguous() for d in descales]
+    pointers = []
+    for x, out, scale in zip(codes, outs, scales, strict=True):
+        pointers += [x.data_ptr(), out.data_ptr(), scale.data_ptr()]
+    known.plan.launch(*pointers, address(cu_seqlens))
     return outs
 
 

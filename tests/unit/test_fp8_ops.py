@@ -132,17 +132,21 @@ def test_public_function_refuses_what_it_cannot_mean() -> None:
         f(q, k, v, signs=torch.ones(32))
     with pytest.raises(ArgumentError, match="softmax_scale: must be positive"):
         f(q, k, v, softmax_scale=-0.1)
+    with pytest.raises(ArgumentError, match=r"gradient: must be one of \['inputs', 'codes'\]"):
+        f(q, k, v, gradient="fp8")
 
 
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_are_those_of_attention_on_the_quantized_values(rope: bool, causal: bool) -> None:
-    """Straight-through: d out / d q is that at the dequantized q, turned back. What remains is the
+    """gradient="codes": d out / d q is that at the dequantized q, turned back. What remains is the
     rounding of P in the forward (delta and lse) and bf16."""
     q, k, v = qkv()
     turn = dict(zip(("cos", "sin"), tables(130), strict=True)) if rope else {}
     signs = reference_fp8.random_signs(64)
-    out = fa3_train.flash_attn_fp8_func(q, k, v, causal=causal, signs=signs, **turn)
+    out = fa3_train.flash_attn_fp8_func(
+        q, k, v, causal=causal, signs=signs, gradient="codes", **turn
+    )
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     grads = torch.autograd.grad(out, (q, k, v), dout)
 
@@ -162,6 +166,52 @@ def test_gradients_are_those_of_attention_on_the_quantized_values(rope: bool, ca
     assert numerics.relative_rms_error(out, exact) < 0.04  # e4m3 probabilities
     for ours, true in zip(grads, expected, strict=True):
         assert numerics.relative_rms_error(ours, true) < 0.03
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_at_the_inputs_are_a_quarter_of_the_usual_error(rope, causal) -> None:
+    """The default differentiates at the 16-bit inputs; the codes' gradients cannot get there."""
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (
+        torch.randn(1, 768, h, 128, generator=g).bfloat16().requires_grad_() for h in (2, 1, 1)
+    )
+    cos, sin = tables(768, 128)
+    turn = {"cos": cos, "sin": sin} if rope else {}
+    dout = torch.randn(q.shape, generator=g).bfloat16()
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    turned = [reference_fp8.rotate(x, cos, sin) if rope else x for x in wide[:2]]
+    truth, _ = reference.attention(*turned, wide[2], causal=causal)
+    expected = torch.autograd.grad(truth, wide, dout.double())
+    errors = {}
+    for gradient in ("inputs", "codes"):
+        out = fa3_train.flash_attn_fp8_func(
+            q, k, v, causal=causal, signs=reference_fp8.random_signs(128), gradient=gradient, **turn
+        )
+        assert numerics.relative_rms_error(out, truth) > 1e-2  # the forward is in FP8
+        grads = torch.autograd.grad(out, (q, k, v), dout)
+        errors[gradient] = [
+            numerics.relative_rms_error(a, b) for a, b in zip(grads, expected, strict=True)
+        ]
+    bars = numerics.FP8_GRADIENTS.values()
+    assert all(e <= bar for e, bar in zip(errors["inputs"], bars, strict=True)), errors
+    assert all(e > bar for e, bar in zip(errors["codes"], bars, strict=True)), errors
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_packed_gradients_are_those_of_each_sequence(rope) -> None:
+    cu = torch.tensor([0, 130, 130, 200], dtype=torch.int32)
+    q, k, v = (x[0].detach().requires_grad_() for x in qkv(200, 200))
+    turn = dict(zip(("cos", "sin"), tables(200), strict=True)) if rope else {}
+    kw = {"causal": True, "signs": reference_fp8.random_signs(64), **turn}
+    dout = torch.randn(q.shape).bfloat16()
+    out = fa3_train.flash_attn_fp8_varlen_func(q, k, v, cu, cu, 130, 130, **kw)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    for rows in (slice(0, 130), slice(130, 200)):
+        parts = [x[None, rows].detach().requires_grad_() for x in (q, k, v)]
+        alone = fa3_train.flash_attn_fp8_func(*parts, **kw)
+        for a, b in zip(grads, torch.autograd.grad(alone, parts, dout[None, rows]), strict=True):
+            assert numerics.relative_rms_error(a[rows], b[0]) < 1e-6
 
 
 def test_packed_is_each_sequence_alone() -> None:
