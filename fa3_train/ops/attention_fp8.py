@@ -35,7 +35,8 @@ from torch import Tensor
 from fa3_train import _lib, checks, reference, reference_fp8
 from fa3_train.checks import AttentionShape
 from fa3_train.ops import backends, fp8, preprocess
-from fa3_train.ops.attention import _like_autocast, _reference_dtype, _tighten
+from fa3_train.ops.attention import _PLAIN, _known, _like_autocast, _reference_dtype, _tighten
+from fa3_train.ops.launch import Key, remember
 
 __all__ = ["flash_attn_fp8_func", "flash_attn_fp8_varlen_func"]
 
@@ -272,10 +273,11 @@ def _check_preprocessing(q, k, cos, sin, signs, interleaved, position_ids, cu_q,
         )
 
 
-def _attention_fp8(
-    q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal, cos, sin, signs, interleaved,
-    position_ids, window_size, two_level, gradient, return_lse, backend,
-):  # fmt: skip
+def _resolve(
+    q, k, v, cu_q, cu_k, cos, sin, signs, position_ids, max_q, max_k, softmax_scale, causal,
+    interleaved, window_size, two_level, gradient, backend, needs_grad,
+) -> tuple[AttentionShape, _Call]:  # fmt: skip
+    """All rules and choices of a call that do not depend on values in device memory."""
     shape = checks.attention_shape(q, k, v, cu_q, cu_k, max_q, max_k)
     left, right = _tighten(shape, *checks.resolve_window(causal, window_size))
     scale = checks.resolve_scale(softmax_scale, shape.head_dim_qk)
@@ -286,14 +288,50 @@ def _attention_fp8(
     checks.require(
         gradient in GRADIENTS, "gradient", f"must be one of {list(GRADIENTS)}", repr(gradient)
     )
-    q, k, v = _like_autocast(q, k, v)
     fp8.check_head_dim(shape)
     _check_preprocessing(q, k, cos, sin, signs, interleaved, position_ids, cu_q, cu_k)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    chosen = _choose(backend, q, shape, needs_grad)
     call = _Call(
         (shape.seqlen_q, shape.seqlen_k), scale, left, right, interleaved, two_level, gradient,
-        chosen,
+        _choose(backend, q, shape, needs_grad),
+    )  # fmt: skip
+    return shape, call
+
+
+_resolved: dict[Key, tuple[AttentionShape, _Call]] = {}
+
+
+def _resolve_known(*request) -> _Call:
+    """:func:`_resolve`, remembered as in ops/attention.py: eager calls on plain tensors only."""
+    tensors, others = request[:9], request[9:]
+    q, k, v, cu_q, cu_k = tensors[:5]
+    if torch.compiler.is_compiling() or type(q) not in _PLAIN:
+        return _resolve(*request)[1]
+    try:
+        # q and k packed alike is a rule about the very tensor, not about its sizes.
+        same = cu_q is cu_k or (cu_k is not None and cu_q.data_ptr() == cu_k.data_ptr())
+        key = (*map(_known, tensors), same, others, *map(type, others), *map(type, others[4]))
+        known = _resolved.get(key)
+    except (TypeError, AttributeError):  # no tensor, a list: the rules will say
+        return _resolve(*request)[1]
+    if known is None:
+        return remember(_resolved, key, _resolve(*request))[1]
+    checks.recheck_cu_seqlens(cu_q, cu_k, known[0])
+    return known[1]
+
+
+def _attention_fp8(
+    q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal, cos, sin, signs, interleaved,
+    position_ids, window_size, two_level, gradient, return_lse, backend,
+):  # fmt: skip
+    needs_grad = False
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        q, k, v = _like_autocast(q, k, v)
+        needs_grad = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad
+        )
+    call = _resolve_known(
+        q, k, v, cu_q, cu_k, cos, sin, signs, position_ids, max_q, max_k, softmax_scale, causal,
+        interleaved, window_size, two_level, gradient, backend, needs_grad,
     )  # fmt: skip
     if needs_grad:
         other = None if cu_k is cu_q else cu_k
