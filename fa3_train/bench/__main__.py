@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "trainer": ("fa3_train.bench.trainer", "whole training runs: engines x linears"),
     "curves": ("fa3_train.bench.curves", "training curves: attentions, precisions, a kill"),
     "perplexity": ("fa3_train.bench.fp8_variants", "a BF16 model under every FP8 variant"),
+    "memcheck": ("fa3_train.bench.memcheck", "every kernel under compute-sanitizer"),
     "kills": ("fa3_train.bench.kills", "kill -9 at random moments, resume, compare"),
     "layer": ("fa3_train.bench.layer", "a transformer layer beside TransformerEngine's"),
     "profile": ("fa3_train.bench.profile", "where each millisecond of a training step goes"),
