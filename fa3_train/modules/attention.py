@@ -227,25 +227,38 @@ class SelfAttention(nn.Module):
         position_ids: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         max_seqlen: int | None = None,
+        normed: bool = False,
     ) -> torch.Tensor:
-        """`position_ids` int (T,) or (B, S); default: 0, 1, ... in each sequence or document."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        tables = self.rope.tables(x.device)
+        """`position_ids` int (T,) or (B, S); default: 0, 1, ... in each sequence or document.
+
+        `normed`: x has been through the input norm (linear="torch" only).
+        """
+        product = self.qkv(x, normed=True) if normed else self.qkv(x)
+        out = self._attend(product, position_ids, cu_seqlens, max_seqlen)
+        return self.out_proj(out.flatten(-2))
+
+    def _attend(
+        self,
+        product: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        max_seqlen: int | None,
+    ) -> torch.Tensor:
+        """The QKV product (..., heads * D) -> (..., H, D)."""
+        heads = product.unflatten(-1, (-1, self.head_dim))
+        tables = self.rope.tables(product.device)
         packing: dict[str, Any] = {"cu_seqlens_q": cu_seqlens, "max_seqlen_q": max_seqlen}
         if self.q_norm is None and self.core.serves_product(heads, self.num_kv_heads):
-            out = self.core(
+            return self.core(
                 heads, kv_heads=self.num_kv_heads, **packing, rope=tables,
                 position_ids=position_ids,
             )
-            return self.out_proj(out.flatten(-2))
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cu_seqlens is not None and position_ids is None:
-            position_ids = document_positions(cu_seqlens, x.shape[0])
+            position_ids = document_positions(cu_seqlens, product.shape[0])
         if self.core.precision == "fp8":  # rotates as it quantizes
-            out = self.core(q, k, v, **packing, rope=tables, position_ids=position_ids)
-        else:
-            q, k = rotate(q, k, *tables, position_ids=position_ids, backend=self.core.backend)
-            out = self.core(q, k, v, **packing)
-        return self.out_proj(out.flatten(-2))
+            return self.core(q, k, v, **packing, rope=tables, position_ids=position_ids)
+        q, k = rotate(q, k, *tables, position_ids=position_ids, backend=self.core.backend)
+        return self.core(q, k, v, **packing)

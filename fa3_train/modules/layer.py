@@ -132,10 +132,17 @@ class TransformerLayer(nn.Module):
         # Inside of what checkpointing runs again: torch restores its own autocast there, but not
         # TransformerEngine's.
         with self._precision():
-            x = x + self.attention(
-                x, position_ids=position_ids, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
-            )
-            return x + self.mlp(x)
+            packing: dict[str, Any] = {
+                "position_ids": position_ids, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen,
+            }  # fmt: skip
+            if self.linear != "torch":
+                x = x + self.attention(x, **packing)
+                return x + self.mlp(x)
+            # Each norm hands on what it has read: its kernel adds the branch before it, and in the
+            # backward the gradient that comes down the residual stream.
+            y, x = self.attention.qkv.norm(x, with_stream=True)
+            y, x = self.mlp.norm(x, self.attention(y, normed=True, **packing), with_stream=True)
+            return x + self.mlp(y, normed=True)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.linear != "te_fp8":

@@ -2,7 +2,8 @@
 
 A layer needs three parts: norm + QKV projection, output projection, norm + MLP.  With torch the
 norm is a separate module; TransformerEngine fuses it.  Both are reached through the three builders
-here, so that `SelfAttention` and `TransformerLayer` do not know which one they hold.
+here, so that `SelfAttention` does not know which one it holds. `TransformerLayer` does: it takes
+the norm out of ours, to let its kernel add the residual as well.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class NormLinear(nn.Module):
         self.norm = RMSNorm(in_features, eps)
         self.linear = nn.Linear(in_features, out_features, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.norm(x))
+    def forward(self, x: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
+        """`normed`: x has been through `self.norm`."""
+        return self.linear(x if normed else self.norm(x))
 
 
 class NormMLP(nn.Module):
@@ -36,8 +38,9 @@ class NormMLP(nn.Module):
         self.norm = RMSNorm(hidden_size, eps)
         self.mlp = SwiGLU(hidden_size, ffn_hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.norm(x))
+    def forward(self, x: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
+        """`normed`: x has been through `self.norm`."""
+        return self.mlp(x if normed else self.norm(x))
 
 
 def check_kind(kind: str) -> None:

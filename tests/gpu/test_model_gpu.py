@@ -132,6 +132,47 @@ def test_swiglu_takes_a_transposed_gradient():
     assert torch.equal(a, b)
 
 
+# ------------------------------------------------------------------------------------- norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5, 1024), (700, 1500), (2, 16_384), (0, 2048)])
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("used", ["both", "norm", "stream"])
+def test_norm_kernel(dtype, shape, adds, used):
+    """norm(x + r) and x + r, with gradients coming down either or both."""
+    from fa3_train.modules import RMSNorm
+
+    dim = shape[-1]
+    data = [torch.full((*shape[:-1], dim + 8), float("nan"), dtype=dtype) for _ in range(2)]
+    for x in data:
+        x[..., :dim] = (torch.randn(shape) * 3).to(dtype)
+    ups = [torch.randn(shape).to(dtype) for _ in range(2)]
+    scale = torch.randn(dim).to(dtype)
+
+    def run(kind, device):
+        leaves = [x.to(device=device, dtype=kind).requires_grad_() for x in data[: 1 + adds]]
+        views = [x[..., :dim] for x in leaves]  # NaN lies between the rows
+        norm = RMSNorm(dim).to(device=device, dtype=kind)
+        norm.weight.data.copy_(scale)
+        if device == "cuda":
+            assert norm._own_kernel(views[0])
+        pair = norm(*views, with_stream=True)
+        parts = [
+            (out * up.to(device=device, dtype=kind)).sum()
+            for out, up in zip(pair, ups, strict=True)
+        ]
+        loss = {"both": sum(parts), "norm": parts[0], "stream": parts[1]}[used]
+        grads = torch.autograd.grad(loss, [*leaves, norm.weight], allow_unused=True)
+        return [r.cpu() for r in (*pair, *grads) if r is not None]
+
+    results = run(dtype, "cuda")
+    truth, baseline = run(torch.float64, "cpu"), run(dtype, "cpu")
+    assert len(results) == len(truth)
+    for got, t, b in zip(results, truth, baseline, strict=True):
+        assert_as_good(got, t, b, "accum")
+
+
 # ------------------------------------------------------------------------------------- model
 
 

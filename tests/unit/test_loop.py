@@ -133,7 +133,7 @@ def bad_output(value):
 def bad_backward(model, reached):
     mlp = model.layers[1].mlp
     forward = mlp.forward
-    mlp.forward = lambda x: forward(_Poison.apply(x) if reached() else x)
+    mlp.forward = lambda x, **kw: forward(_Poison.apply(x) if reached() else x, **kw)
 
 
 def bad_between(model, reached):
@@ -165,7 +165,7 @@ CASES = {
     ),
     "between": (
         bad_between,
-        r"norm nan.*: backward: the gradient that reaches layers\.1\.attention\.out_proj .* 1 NaN",
+        r"norm nan.*: backward: the gradient that reaches layers\.1\.mlp\.norm .* 1 NaN",
     ),
     "weight": (bad_weight_gradient, r"gradient norm inf.*gradient of parameter norm\.weight has"),
 }
