@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=2, help="stacked; times are per layer")
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--variants", nargs="+", default=None, help="substrings of the names")
+    parser.add_argument("--variants", nargs="+", default=None, help="rows of the table; all")
     parser.add_argument("--te-recipe", choices=("current", "delayed", "block"), default="delayed")
     parser.add_argument("--out", help="path without suffix: writes .json and .md")
 
@@ -204,7 +204,7 @@ def measure_cell(args: argparse.Namespace, name: str, seqlen: int) -> dict[str, 
     torch.set_default_dtype(torch.bfloat16)
     try:
         for variant, (build, options) in _variants(args.suite).items():
-            if args.variants and not any(v in variant for v in args.variants):
+            if args.variants and variant not in args.variants:
                 continue
             try:
                 with torch.device("cuda"):
@@ -285,6 +285,9 @@ def main(args: argparse.Namespace) -> int:
         "what": "layer", "suite": args.suite, "command": args.command, "machine": machine(),
         "te_recipe": args.te_recipe, "layers": args.layers, "cells": [],
     }  # fmt: skip
+    known = _variants(args.suite)
+    if args.variants and not set(args.variants) <= set(known):
+        raise SystemExit(f"--variants must be from {list(known)}, got {args.variants}")
     for name, seqlen in _cells(args):
         result["cells"].append(measure_cell(args, name, seqlen))
         gc.collect()
