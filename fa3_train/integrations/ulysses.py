@@ -56,8 +56,7 @@ def _collect(tensors: list[Tensor], group: Any) -> list[Tensor]:
     blocks = received.view(ranks, total // ranks, -1).transpose(0, 1)  # (T/P, P, width)
     parts = blocks.split([x.shape[1] for x in flat], dim=2)
     return [
-        part.reshape(total // ranks, -1, x.shape[2])
-        for part, x in zip(parts, tensors, strict=True)
+        part.reshape(total // ranks, -1, x.shape[2]) for part, x in zip(parts, tensors, strict=True)
     ]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,7 +135,8 @@ class EngineSection:
 class ParallelSection:
     """Splits other than data parallelism."""
 
-    context: int = 1  # ranks over which one sequence is split; only 1 is supported
+    context: int = 1  # ranks that share each sequence; 0 = all of a machine
+    method: str = _choice("auto", "ulysses", "ring", "gather")  # auto: ulysses if heads divide
 
 
 @dataclass
@@ -225,11 +227,11 @@ class TrainConfig:
     run: RunSection = field(default_factory=RunSection)
 
     def grad_accum(self, world_size: int) -> int:
-        """Micro-batches of one optimizer step on each of `world_size` data-parallel ranks.
+        """Micro-batches of one optimizer step on each of `world_size` ranks.
 
         Raises ConfigError when `data.global_batch` is not a multiple of micro_batch * ranks.
         """
-        ranks = world_size // self.parallel.context
+        ranks = world_size // self.context_ranks(world_size)
         per_pass = self.data.micro_batch * ranks
         if per_pass <= 0 or self.data.global_batch % per_pass:
             raise ConfigError(
@@ -238,6 +240,21 @@ class TrainConfig:
                 f"= {per_pass} sequences"
             )
         return self.data.global_batch // per_pass
+
+    def context_ranks(self, world_size: int) -> int:
+        """Ranks that share one sequence; `parallel.context=0` takes all ranks of a machine (of
+        eight, where no launcher says how many it has)."""
+        if self.parallel.context:
+            return self.parallel.context
+        return max(1, min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "8"))))
+
+    def context_method(self, ranks: int) -> str:
+        """How `ranks` ranks share a sequence: "ulysses", "ring" or "gather"."""
+        if self.parallel.method != "auto":
+            return self.parallel.method
+        if not self.model.num_heads % ranks and not self.model.num_kv_heads % ranks:
+            return "ulysses"
+        return "ring" if self.model.window_size is None else "gather"
 
     def tokens_per_step(self) -> int:
         """Packed tokens in one optimizer step, over all GPUs."""

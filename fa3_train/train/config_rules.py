@@ -31,7 +31,8 @@ def combination_complaints(config: TrainConfig, world_size: int = 1) -> Iterator
     """One sentence per broken rule, in the order of the schema."""
     yield from _ranges(config)
     yield from _model(config)
-    yield from _data(config, world_size)
+    yield from _data(config)
+    yield from _parallel(config, world_size)
     yield from _engine(config)
     yield from _precision(config)
     yield from _schedule(config)
@@ -93,7 +94,7 @@ def _model(config: TrainConfig) -> Iterator[str]:
         yield text
 
 
-def _data(config: TrainConfig, world_size: int) -> Iterator[str]:
+def _data(config: TrainConfig) -> Iterator[str]:
     data = config.data
     if data.seq_len > config.model.max_seq_len:
         yield (
@@ -118,16 +119,48 @@ def _data(config: TrainConfig, world_size: int) -> Iterator[str]:
             "data.val_fraction=0 leaves no documents to evaluate on: "
             f"set run.eval_batches=0 (it is {config.run.eval_batches})"
         )
-    if config.parallel.context != 1:
-        yield (
-            "parallel.context must be 1: splitting one sequence over ranks is not implemented, "
-            f"got {config.parallel.context}"
-        )
+
+
+def _parallel(config: TrainConfig, world_size: int) -> Iterator[str]:
+    data, model = config.data, config.model
+    if config.parallel.context < 0:
+        yield f"parallel.context must be >= 0 (0: all of a machine), got {config.parallel.context}"
+        return
+    ranks = config.context_ranks(world_size)
+    if world_size % ranks:
+        yield f"parallel.context={ranks} must divide the number of ranks, {world_size}"
     elif data.micro_batch > 0 and data.global_batch > 0:
         try:
             config.grad_accum(world_size)
         except ConfigError as error:
             yield str(error)
+    if ranks == 1:
+        return
+    method = config.context_method(ranks)
+    how = f"parallel.method={method} over parallel.context={ranks} ranks"
+    row, parts = data.micro_batch * data.seq_len, ranks if method == "ulysses" else 2 * ranks
+    if row % parts:
+        yield f"{how} cuts a row into {parts}: data.micro_batch x data.seq_len = {row} does not"
+    elif config.linear == "te_fp8" and row // ranks % 16:
+        yield f"linear=te_fp8 needs a multiple of 16 tokens on a rank, {how} leaves {row // ranks}"
+    if method == "ulysses":
+        for key in ("num_heads", "num_kv_heads"):
+            if getattr(model, key) % ranks:
+                yield f"{how} divides heads: model.{key}={getattr(model, key)} does not"
+    else:
+        if config.attention.precision == "fp8":
+            yield f"attention.precision=fp8 needs parallel.method=ulysses, {how} is not"
+        if config.attention.backend == "sdpa":
+            yield f"{how} needs attention.backend hopper or reference (log-sum-exp), got sdpa"
+        if model.softcap:
+            yield f"model.softcap={model.softcap} needs parallel.method=ulysses, {how} is not"
+        if method == "ring" and model.window_size is not None:
+            yield (
+                f"model.window_size={model.window_size} needs parallel.method ulysses or gather, "
+                "got ring"
+            )
+    if config.engine.compile:
+        yield f"engine.compile=true is not available with parallel.context > 1, got {ranks}"
 
 
 def _engine(config: TrainConfig) -> Iterator[str]:

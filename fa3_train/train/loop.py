@@ -28,6 +28,7 @@ from fa3_train.models.hf import load_weights, save_pretrained
 from fa3_train.models.transformer import TransformerLM
 from fa3_train.train.checkpoint import Checkpointer, CheckpointError, Manifest
 from fa3_train.train.config import ConfigError, TrainConfig
+from fa3_train.train.context import ContextParallel
 from fa3_train.train.data import IGNORE_INDEX, Batch, DataLoader
 from fa3_train.train.data.build import build_data
 from fa3_train.train.engines import Engine, World, create_engine, start_world, stop_world
@@ -78,18 +79,22 @@ class Trainer:
     def __init__(self, config: TrainConfig, world: World, stop: StopSignal) -> None:
         self.config, self.world, self.stop = config, world, stop
         _seed(config)
+        self.context = ContextParallel(config, world)
         self.data = build_data(
             config.data,
             vocab_size=config.model.vocab_size,
             seed=config.run.seed,
-            dp_rank=world.rank,
-            dp_size=world.size,
+            dp_rank=self.context.dp_rank,
+            dp_size=self.context.dp_size,
             pin_memory=world.device.type == "cuda",
+            shard=self.context.shard if self.context.size > 1 else None,
         )
         self.loader: DataLoader = self.data.train
         model_config = config.model_config()
         model = build_model(config, world)
+        self.context.install(model)
         self.engine: Engine = create_engine(config, world)
+        self.engine.context = self.context
         on_meta = any(param.is_meta for param in model.parameters())
         self.engine.setup(model)
         if on_meta:  # the engine has drawn its shards; they are filled in place
@@ -106,7 +111,8 @@ class Trainer:
             model=model,
             tokens_seen=progress.get("tokens", 0),
         )
-        info = self.meter.describe() | self.engine.describe() | {"data": self.data.description}
+        info = self.meter.describe() | self.engine.describe()
+        info |= self.context.describe() | {"data": self.data.description}
         self.logger = RunLogger(
             config,
             run_info=info,
@@ -228,10 +234,10 @@ class Trainer:
     # -- between steps ---------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Mean loss over the first `run.eval_batches` validation batches, shared out to the ranks
-        (rounded up), so that the number means the same on another number of ranks."""
+        """Mean loss over the first `run.eval_batches` validation batches, shared out to the
+        data-parallel ranks (rounded up): the same number of them on another number of ranks."""
         loader = self.data.val
-        count = -(-self.config.run.eval_batches // self.world.size)
+        count = -(-self.config.run.eval_batches // self.context.dp_size)
         if loader is None or count == 0:
             return
         loader.seek(0)

@@ -171,6 +171,7 @@ class StepMeter:
         own = torch.tensor(
             [[s.tokens, s.sum_sq] for s in steps], dtype=torch.float64, device=self.device
         )
+        own /= self.config.context_ranks(self.world_size)  # ranks that count the same sequences
         memory = torch.tensor([self._peak_memory()], dtype=torch.float64, device=self.device)
         if self.world_size > 1 and dist.is_initialized():
             dist.all_reduce(own)

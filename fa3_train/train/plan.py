@@ -47,10 +47,10 @@ class Memory:
 
 
 def memory_estimate(config: TrainConfig, world_size: int) -> Memory:
-    """Bytes on one of `world_size` data-parallel GPUs at the worst moment of a step."""
+    """Bytes on one of `world_size` GPUs at the worst moment of a step."""
     model = config.model_config()
     weights, gradients, optimizer = _state_bytes(config, model, world_size)
-    tokens = config.data.micro_batch * config.data.seq_len
+    tokens = config.data.micro_batch * config.data.seq_len // config.context_ranks(world_size)
     element = 2 if config.precision.compute == "bf16" else 4
     chunk = model.loss_chunk_tokens or max(128, _LOGIT_ELEMENTS // model.vocab_size)
     chunk = min(chunk, tokens)
@@ -121,7 +121,10 @@ def resolved_yaml(config: TrainConfig) -> str:
 def summary(config: TrainConfig, world_size: int) -> str:
     """A few lines of arithmetic about the run."""
     model, data = config.model_config(), config.data
-    accum = config.grad_accum(world_size)
+    accum, context = config.grad_accum(world_size), config.context_ranks(world_size)
+    shared = ""
+    if context > 1:
+        shared = f" / {context} that share each ({config.context_method(context)})"
     step_tokens = config.tokens_per_step()
     one = step_flops(model, data.seq_len, float(data.seq_len) ** 2, data.seq_len)
     per_token = one.causal / data.seq_len
@@ -141,8 +144,8 @@ def summary(config: TrainConfig, world_size: int) -> str:
             f"FLOPs/token {per_token:.4g} forward + backward, documents of {data.seq_len} tokens "
             f"({attention / per_token:.1%} in causal attention); "
             f"PaLM's convention {one.palm / data.seq_len:.4g}",
-            f"batch       {data.micro_batch} sequences x {world_size} {plural} x {accum} "
-            f"accumulation = {data.global_batch} sequences = {step_tokens:,} tokens a step",
+            f"batch       {data.micro_batch} sequences x {world_size} {plural}{shared} "
+            f"x {accum} accumulation = {data.global_batch} sequences = {step_tokens:,} tokens a step",
             f"length      {config.run.steps:,} steps = {config.run.steps * step_tokens:,} tokens, "
             f"{per_token * step_tokens * config.run.steps:.3g} FLOPs",
             f"speed limit {ideal:.3g} s a step at the full bf16 peak of {world_size} x {peak.gpu}",

@@ -144,7 +144,7 @@ def test_own_recipe_that_is_not_yaml_names_the_file(tmp_path, monkeypatch):
         (["optimiser.lr=1"], ["optimiser.lr", "optimizer.lr"]),
         (["data.seq_length=8"], ["data.seq_length", "data.seq_len"]),
         (["model.rope_scaling.faktor=2"], ["model.rope_scaling.faktor", "factor"]),
-        (["parallel={contxt: 2}"], ["parallel.contxt", "parallel.context"]),
+        (["run={stepz: 2}"], ["run.stepz", "run.steps"]),
         (["recipe=lama3_8b"], ["recipe=lama3_8b", "llama3_8b"]),
         (["model=llama8b"], ["model=llama8b", "llama3_8b"]),
         (["engine=deepsped"], ["engine=deepsped", "deepspeed"]),

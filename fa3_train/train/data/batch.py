@@ -26,6 +26,9 @@ class Batch:
     max_seqlen: int  # longest piece, tokens
     num_tokens: int  # tokens of documents: T less the padding that ends an epoch
     sum_sq_seqlen: int  # sum of squared piece lengths, for attention FLOPs
+    # Context parallelism: tensors of tokens are this rank's share, all else is of the whole row,
+    # and cu_seqlens is also here, as numbers on the host.
+    borders: tuple[int, ...] = ()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from fa3_train.train.data.batch import Batch
 from fa3_train.train.data.corpus import Corpus, HuggingFaceCorpus, StdlibCorpus, text_corpus
 from fa3_train.train.data.loader import DataLoader
 from fa3_train.train.data.megatron import MegatronStore
@@ -70,12 +72,13 @@ def build_data(
     dp_size: int = 1,
     pin_memory: bool = False,
     prefetch: int = 2,
+    shard: Callable[[Batch], Batch] | None = None,
 ) -> DataBundle:
     """Loaders for training and validation.
 
-    `vocab_size` is the model's; a tokenizer with more entries is refused. The first call on a
-    machine tokenizes the corpus (seconds for the default one) and caches it. Raises ValueError
-    naming the key of the configuration.
+    `vocab_size` is the model's; a tokenizer with more entries is refused. `shard` is `DataLoader`'s.
+    The first call on a machine tokenizes the corpus (seconds for the default one) and caches it.
+    Raises ValueError naming the key of the configuration.
     """
     if config.kind not in KINDS:
         raise ValueError(f"data.kind must be one of {', '.join(KINDS)}, got {config.kind!r}")
@@ -103,7 +106,7 @@ def build_data(
     def loader(source: SampleSource) -> DataLoader:
         return DataLoader(
             source, config.micro_batch, dp_rank=dp_rank, dp_size=dp_size, prefetch=prefetch,
-            pin_memory=pin_memory,
+            pin_memory=pin_memory, shard=shard,
         )
 
     return DataBundle(

@@ -12,6 +12,7 @@ that continues on another number of ranks with the same global batch sees the sa
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +24,8 @@ class DataLoader:
     """Endless iterator over `Batch`es of `micro_batch * seq_len` tokens.
 
     A background thread keeps `prefetch` batches ready (0: none, batches are made on demand);
-    what it has prepared but not handed out does not count as consumed.
+    what it has prepared but not handed out does not count as consumed. `shard` takes a rank's part
+    of a batch, where several ranks share it.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class DataLoader:
         dp_size: int = 1,
         prefetch: int = 2,
         pin_memory: bool = False,
+        shard: Callable[[Batch], Batch] | None = None,
     ) -> None:
         if micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
@@ -45,6 +48,7 @@ class DataLoader:
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self._pin = pin_memory
+        self._shard = shard
         self._samples = 0
         self._prefetch = prefetch
         self._ahead: deque[Future[Batch]] = deque()
@@ -125,4 +129,6 @@ class DataLoader:
     def _make(self, samples: int) -> Batch:
         first = samples + self.dp_rank * self.micro_batch
         batch = make_batch([self.source.sample(first + i) for i in range(self.micro_batch)])
+        if self._shard is not None:
+            batch = self._shard(batch)
         return batch.pin_memory() if self._pin else batch

@@ -21,7 +21,7 @@ from __future__ import annotations
 import abc
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,9 @@ from torch.distributed.tensor import DTensor
 from fa3_train.train.config import TrainConfig
 from fa3_train.train.data import Batch
 from fa3_train.train.engines.world import World
+
+if TYPE_CHECKING:
+    from fa3_train.train.context import ContextParallel
 
 __all__ = ["BLOCKED", "LOSS", "NORM", "STATUS_SIZE", "Engine"]
 
@@ -55,6 +58,7 @@ class Engine(abc.ABC):
         self.accumulation = config.grad_accum(world.size)
         self.model: nn.Module
         self.shapes: dict[str, list[int]] = {}  # of all parameters, as the model was built
+        self.context: ContextParallel | None = None  # where ranks share sequences
         self._blocked = torch.zeros((), dtype=torch.bool, device=world.device)
 
     def setup(self, model: nn.Module) -> None:
@@ -123,6 +127,8 @@ class Engine(abc.ABC):
     # -- shared pieces ---------------------------------------------------------------------
 
     def _call(self, module: nn.Module, batch: Batch) -> torch.Tensor:
+        if self.context is not None:
+            self.context.enter(batch)
         loss: torch.Tensor = module(
             batch.tokens,
             batch.labels,

@@ -62,7 +62,8 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.data.micro_batch,
         "gradient_accumulation_steps": config.grad_accum(world_size),
-        "train_batch_size": config.data.global_batch,
+        # DeepSpeed knows no ranks that share a sequence, and checks the product.
+        "train_batch_size": config.data.global_batch * config.context_ranks(world_size),
         "gradient_clipping": 0.0 if ours_clips else config.optimizer.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

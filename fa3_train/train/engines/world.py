@@ -23,7 +23,7 @@ __all__ = ["World", "leave", "start_world", "stop_world"]
 
 @dataclass(frozen=True)
 class World:
-    """Place of one process among the data-parallel ranks."""
+    """Place of one process among the ranks."""
 
     rank: int
     local_rank: int  # among the processes of this machine; picks the GPU
