@@ -8,6 +8,7 @@ drift       the same with rows scaled by 2^U(-4, 4) in runs of 128 tokens: magni
             along the sequence (attention sinks, packed documents)
 long        V with a mean, 8k to 128k keys, one block of queries: where Hopper's 14-bit FP8
             accumulator shows, if P V runs through it over the whole sequence (single level)
+gradients   dq, dk and dv, see bench/error_gradients.py
 
 On a Hopper GPU every FP8 row runs the kernel, so rounding, block order and accumulator are its
 own; elsewhere fa3_train.reference_fp8 emulates it (exact accumulation, so no single-level rows).
@@ -30,10 +31,10 @@ import torch
 from torch import Tensor
 
 from fa3_train import numerics, reference, reference_fp8
-from fa3_train.bench import tables
+from fa3_train.bench import error_gradients, tables
 
 BLOCK = 128
-TABLES = ("outliers", "drift", "long")
+TABLES = ("outliers", "drift", "long", "gradients")
 
 
 @dataclass(frozen=True)
@@ -242,9 +243,10 @@ def text(table: dict[str, Any]) -> str:
 
 def main(args: argparse.Namespace) -> int:
     done: list[dict[str, Any]] = []
+    masks = (True,) if args.causal else (False, True)
 
-    def show(table: dict[str, Any]) -> None:
-        print(text(table), flush=True)
+    def show(table: dict[str, Any], lines: str) -> None:
+        print(lines, flush=True)
         done.append(table)
 
     print("FP8 rows:", "kernel" if on_kernel(args.device) else "emulation, exact accumulation")
@@ -252,10 +254,15 @@ def main(args: argparse.Namespace) -> int:
         for name in args.tables:
             if name == "long":
                 for table in long_tables(args):
-                    show(table)
-                continue
-            for causal in (True,) if args.causal else (False, True):
-                show(outlier_table(args, name == "drift", causal))
+                    show(table, text(table))
+            elif name == "gradients":
+                with torch.enable_grad():
+                    for table in error_gradients.gradient_tables(args, masks):
+                        show(table, error_gradients.text(table))
+            else:
+                for causal in masks:
+                    table = outlier_table(args, name == "drift", causal)
+                    show(table, text(table))
     if args.out:
         path = Path(args.out).with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
