@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fa3_train.modules.accumulate import Linear
 from fa3_train.modules.mlp import SwiGLU
 from fa3_train.modules.norm import RMSNorm
 
@@ -23,7 +24,7 @@ class NormLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(in_features, eps)
-        self.linear = nn.Linear(in_features, out_features, bias=False)
+        self.linear = Linear(in_features, out_features)
 
     def forward(self, x: torch.Tensor, *, normed: bool = False) -> torch.Tensor:
         """`normed`: x has been through `self.norm`."""
@@ -63,7 +64,7 @@ def build_linear(kind: str, in_features: int, out_features: int) -> nn.Module:
     """Linear map without bias of the given kind."""
     check_kind(kind)
     if kind == "torch":
-        return nn.Linear(in_features, out_features, bias=False)
+        return Linear(in_features, out_features)
     from fa3_train.modules import te
 
     return te.linear(in_features, out_features)

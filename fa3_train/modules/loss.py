@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from fa3_train.modules import _cross_entropy
+from fa3_train.modules.accumulate import add_product
 
 # One chunk's logits, in elements: 2^28 is 0.5 GiB in bf16, 2048 tokens of Llama 3.  Large chunks
 # amortise the read and write of the FP32 dW (V * hidden * 8 bytes a chunk); on an H200 chunks of
@@ -45,8 +46,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if want_x else None
         grad_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if want_weight else None
+            torch.empty(weight.shape, dtype=torch.float32, device=x.device) if want_weight else None
         )
+        if grad_weight is not None and x.shape[0] == 0:
+            grad_weight.zero_()
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, min(start + chunk, x.shape[0]))
             logits = x[rows] @ weight.t()
@@ -58,7 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 torch.mm(dlogits, weight, out=grad_x[rows])
             if grad_weight is not None:
-                _add_product(grad_weight, dlogits.t(), x[rows])
+                add_product(grad_weight, dlogits.t(), x[rows], overwrite=start == 0)
             del logits, dlogits
         ctx.save_for_backward(grad_x, grad_weight, scale)
         ctx.weight_dtype = weight.dtype
@@ -77,16 +80,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             out = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, factor, out=out)
         return grad_x, grad_weight, None, None, None, None, None
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b with FP32 accumulation and no rounding of the product to the inputs' dtype."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
 
 
 def chunked_cross_entropy(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fa3_train.modules.accumulate import Linear
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)); x (..., hidden) -> (..., hidden).
@@ -20,8 +22,8 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, ffn_hidden_size: int) -> None:
         super().__init__()
         self.ffn_hidden_size = ffn_hidden_size
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * ffn_hidden_size, bias=False)
-        self.down_proj = nn.Linear(ffn_hidden_size, hidden_size, bias=False)
+        self.gate_up_proj = Linear(hidden_size, 2 * ffn_hidden_size)
+        self.down_proj = Linear(ffn_hidden_size, hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(gated(self.gate_up_proj(x)))

@@ -348,6 +348,44 @@ def test_transformer_engine_layers(linear, recipe, policy):
     judge(donor, batch, logits, loss, grads, dict(donor.named_parameters()), mm)
 
 
+@pytest.mark.parametrize(
+    "linear", ["torch", *(pytest.param(k, marks=needs_te) for k in ("te", "te_fp8"))]
+)
+@pytest.mark.parametrize("policy", ["none", "selective"])
+def test_gemms_sum_the_weight_gradients(linear, policy):
+    """Buckets that the GEMMs write hold what the gradients of two micro-batches add up to."""
+    from fa3_train.train.engines.gradients import GradientBuckets
+
+    config = CONFIG.replace(
+        linear=linear, attention_backend="hopper", activation_checkpointing=policy
+    )
+    with torch.device("cuda"):
+        model = trained_like(TransformerLM(config).bfloat16())
+    named = list(model.named_parameters())
+    batches = [batch_of(config, tokens) for tokens in (320, 160)]
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named}
+    for batch in batches:
+        run(model, batch).backward()
+        for name, p in named:
+            sums[name] += p.grad
+            p.grad = None
+    buckets = GradientBuckets(named, 1)
+    buckets.fuse(model)
+    for _ in range(2):
+        for index, batch in enumerate(batches):
+            buckets.begin(first=index == 0, last=index == 1)
+            run(model, batch).backward()
+            buckets.expect(first=index == 1)
+        buckets.finish()
+    wide = 0
+    for (name, p), view in zip(named, buckets.views, strict=True):
+        assert p.grad is None
+        assert (view - sums[name]).norm() < 0.02 * sums[name].norm(), name
+        wide += int(not torch.equal(view, view.bfloat16().float()))
+    assert wide >= 4 * config.num_layers
+    buckets.close()
+
+
 @needs_te
 def test_transformer_layer_alone_in_fp8_really_is_fp8():
     from fa3_train.modules import TransformerLayer

@@ -6,10 +6,15 @@ parameter's bf16 gradient is added into its slice of an fp32 bucket as soon as a
 (and freed at once), and in the last micro-batch a full bucket starts its asynchronous all-reduce,
 so communication overlaps the rest of the backward, as in DDP. One process uses the same buckets
 without the all-reduce.
+
+On CUDA, linear maps that can (ours and TransformerEngine's) let their GEMM write the FP32 slice
+itself, over it in a step's first micro-batch and adding in the others (`fuse`): the gradient is
+never rounded to bf16, nor written and read as such.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +55,8 @@ class GradientBuckets:
         self._first = self._last = True
         self._paused = False
         self._seen: set[int] = set()  # parameters whose gradient has come in this backward
+        self._fused_modules: list[Any] = []
+        self._fused_weights: list[Any] = []
         self._fill_buckets(bucket_bytes)
         self._hooks = [
             param.register_post_accumulate_grad_hook(self._hook(index))
@@ -82,16 +89,53 @@ class GradientBuckets:
                 if not self._averages(bucket.flat):
                     bucket.flat.div_(self.world_size)
 
+    def fuse(self, model: nn.Module) -> None:
+        """Let the GEMMs of `model`'s linear maps write into the buckets."""
+        index_of = {id(param): index for index, param in enumerate(self.params)}
+        for module in model.modules():
+            if not hasattr(module, "fuse_wgrad_accumulation"):
+                continue
+            weights = [p for p in module.parameters(recurse=False) if p.dim() == 2]
+            if not all(id(weight) in index_of for weight in weights):
+                continue  # frozen: no slice
+            for weight in weights:
+                index = index_of[id(weight)]
+                shared: Any = weight
+                shared.main_grad = self.views[index]
+                shared.main_grad_ready = functools.partial(self._arrived, index)
+                shared.grad_added_to_main_grad = False
+                self._fused_weights.append(weight)
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
+            self._fused_modules.append(module)
+        self.expect(first=True)
+
+    def expect(self, *, first: bool) -> None:
+        """Before a forward: whether its backward is the first of a step. TransformerEngine reads
+        this in the forward."""
+        for weight in self._fused_weights:
+            weight.overwrite_main_grad = first
+
     def close(self) -> None:
         """Remove the hooks: parameter -> hook -> buckets -> parameter is a cycle through C++ that
         Python's collector does not see, and would keep weights and buckets on the device."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._unfuse()
 
     def pause(self) -> None:
         """Leave gradients in `param.grad` from now on (for the diagnosis of a bad step)."""
         self._paused = True
+        self._unfuse()
+
+    def _unfuse(self) -> None:
+        for module in self._fused_modules:
+            module.fuse_wgrad_accumulation = False
+        for weight in self._fused_weights:
+            for name in ("main_grad", "main_grad_ready", "grad_added_to_main_grad"):
+                delattr(weight, name)
+        self._fused_modules.clear()
+        self._fused_weights.clear()
 
     def _fill_buckets(self, bucket_bytes: int) -> None:
         # Reverse order: the last parameters' gradients come first in the backward.
@@ -126,19 +170,26 @@ class GradientBuckets:
             if self._paused or param.grad is None:
                 return
             view = self.views[index]
-            if self._first:
+            if getattr(param, "grad_added_to_main_grad", False):
+                # TransformerEngine has written the view; what lies in .grad is a dummy.
+                param.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+            elif self._first:
                 view.copy_(param.grad)
             else:
                 view.add_(param.grad)
             param.grad = None
-            bucket = self._bucket_of[index]
-            bucket.pending -= 1
-            self._seen.add(index)
-            if bucket.pending == 0 and self._last and self.world_size > 1:
-                op = dist.ReduceOp.AVG if self._averages(bucket.flat) else dist.ReduceOp.SUM
-                bucket.work = dist.all_reduce(bucket.flat, op=op, async_op=True)
+            self._arrived(index)
 
         return collect
+
+    def _arrived(self, index: int) -> None:
+        """Parameter `index`'s gradient of this backward is in its view."""
+        bucket = self._bucket_of[index]
+        bucket.pending -= 1
+        self._seen.add(index)
+        if bucket.pending == 0 and self._last and self.world_size > 1:
+            op = dist.ReduceOp.AVG if self._averages(bucket.flat) else dist.ReduceOp.SUM
+            bucket.work = dist.all_reduce(bucket.flat, op=op, async_op=True)
 
     @staticmethod
     def _averages(flat: torch.Tensor) -> bool:

@@ -131,6 +131,8 @@ class TorchEngine(Engine):
             for master, view in zip(self.masters, self.buckets.views, strict=True):
                 if master is not None and self.masters[0] is not params[0]:
                     master.grad = view
+            if self.world.device.type == "cuda":  # on a CPU, products of two dtypes are slow
+                self.buckets.fuse(self.model)
 
     # -- one step --------------------------------------------------------------------------
 
@@ -143,6 +145,8 @@ class TorchEngine(Engine):
         if self.accumulation > 1:
             loss = loss / self.accumulation
         loss.backward()
+        if self.buckets is not None:
+            self.buckets.expect(first=last)
 
     @torch.no_grad()
     def step(self, lr: float, status: torch.Tensor) -> torch.Tensor:
