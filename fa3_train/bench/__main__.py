@@ -19,11 +19,13 @@ SUBCOMMANDS = {
     "curves": ("fa3_train.bench.curves", "training curves: attentions, precisions, a kill"),
     "perplexity": ("fa3_train.bench.fp8_variants", "a BF16 model under every FP8 variant"),
     "memcheck": ("fa3_train.bench.memcheck", "every kernel under compute-sanitizer"),
+    "scale": ("fa3_train.bench.scale", "1, 2, 4, 8 GPUs: throughput and exposed communication"),
     "kills": ("fa3_train.bench.kills", "kill -9 at random moments, resume, compare"),
     "layer": ("fa3_train.bench.layer", "a transformer layer beside TransformerEngine's"),
     "profile": ("fa3_train.bench.profile", "where each millisecond of a training step goes"),
     "head": ("fa3_train.bench.head", "output head and loss: time and memory of the chunks"),
     "swap": ("fa3_train.bench.swap", "a framework's step time before and after the swap"),
+    "samples": ("fa3_train.bench.samples", "torch's own test samples of SDPA on our function"),
     "plot": ("fa3_train.bench.plot", "draw a result file again, on any machine"),
 }
 

@@ -145,7 +145,8 @@ def summary(config: TrainConfig, world_size: int) -> str:
             f"({attention / per_token:.1%} in causal attention); "
             f"PaLM's convention {one.palm / data.seq_len:.4g}",
             f"batch       {data.micro_batch} sequences x {world_size} {plural}{shared} "
-            f"x {accum} accumulation = {data.global_batch} sequences = {step_tokens:,} tokens a step",
+            f"x {accum} accumulation = {data.global_batch} sequences = "
+            f"{step_tokens:,} tokens a step",
             f"length      {config.run.steps:,} steps = {config.run.steps * step_tokens:,} tokens, "
             f"{per_token * step_tokens * config.run.steps:.3g} FLOPs",
             f"speed limit {ideal:.3g} s a step at the full bf16 peak of {world_size} x {peak.gpu}",

@@ -76,9 +76,9 @@ def build_data(
 ) -> DataBundle:
     """Loaders for training and validation.
 
-    `vocab_size` is the model's; a tokenizer with more entries is refused. `shard` is `DataLoader`'s.
-    The first call on a machine tokenizes the corpus (seconds for the default one) and caches it.
-    Raises ValueError naming the key of the configuration.
+    `vocab_size` is the model's; a tokenizer with more entries is refused. `shard` is that of
+    `DataLoader`. The first call on a machine tokenizes the corpus (seconds for the default one) and
+    caches it. Raises ValueError naming the key of the configuration.
     """
     if config.kind not in KINDS:
         raise ValueError(f"data.kind must be one of {', '.join(KINDS)}, got {config.kind!r}")
