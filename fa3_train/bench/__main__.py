@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "scale": ("fa3_train.bench.scale", "1, 2, 4, 8 GPUs: throughput and exposed communication"),
     "kills": ("fa3_train.bench.kills", "kill -9 at random moments, resume, compare"),
     "layer": ("fa3_train.bench.layer", "a transformer layer beside TransformerEngine's"),
+    "e2e": ("fa3_train.bench.e2e", "training steps by attention: four loops, 8k to 128k"),
     "profile": ("fa3_train.bench.profile", "where each millisecond of a training step goes"),
     "head": ("fa3_train.bench.head", "output head and loss: time and memory of the chunks"),
     "swap": ("fa3_train.bench.swap", "a framework's step time before and after the swap"),

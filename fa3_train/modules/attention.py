@@ -210,6 +210,7 @@ class SelfAttention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.rope = rope
+        self.rope_backend = backend  # which code rotates q and k where the core does not
         rows = (num_heads + 2 * num_kv_heads) * head_dim
         self.qkv = build_norm_linear(linear, hidden_size, rows, norm_eps)
         self.q_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
@@ -260,5 +261,5 @@ class SelfAttention(nn.Module):
             position_ids = document_positions(cu_seqlens, product.shape[0])
         if self.core.precision == "fp8":  # rotates as it quantizes
             return self.core(q, k, v, **packing, rope=tables, position_ids=position_ids)
-        q, k = rotate(q, k, *tables, position_ids=position_ids, backend=self.core.backend)
+        q, k = rotate(q, k, *tables, position_ids=position_ids, backend=self.rope_backend)
         return self.core(q, k, v, **packing)
