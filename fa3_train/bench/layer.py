@@ -8,7 +8,8 @@ bf16, FP8 linears, FP8 linears with FP8 attention on both sides.
 
 ``backends``: what a faster attention is worth end to end: the same layer of ours with FA2, cuDNN,
 our bf16 and our FP8 attention at 8k to 128k tokens, forward (the table that FlashAttention-3's
-authors gave their reviewers) and training step.
+authors gave their reviewers) and training step. All four share weights, linears, norms and the RoPE
+kernel; only the attention core is exchanged.
 
 Sizes are one rank's share: ``8b`` is Llama-3-8B whole; ``70b-tp8`` and ``405b-tp8`` have an eighth
 of heads and FFN columns over the full hidden size, without the tensor-parallel all-reduce, which
@@ -31,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fa3_train.bench import e2e
 from fa3_train.bench.tables import machine
 
 
@@ -57,6 +59,7 @@ SIZES = {
     "405b-tp8": Size(16384, 6656, 16, 1),
 }
 ROPE_THETA = 500_000.0
+LONG_SEQLEN = 65_536  # beyond it, three rounds at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +92,6 @@ class _Stack(nn.Module):
 def _ours(size: Size, args: argparse.Namespace, seqlen: int, **options: Any) -> nn.Module:
     from fa3_train.modules import TransformerLayer
 
-    around = options.pop("around", contextlib.nullcontext)
     compiled = options.pop("compile", False)
     layers = [
         TransformerLayer(
@@ -101,7 +103,7 @@ def _ours(size: Size, args: argparse.Namespace, seqlen: int, **options: Any) -> 
     if compiled:
         for layer in layers:
             layer.compile()
-    return _Stack(layers, around, {})
+    return _Stack(layers, contextlib.nullcontext, {})
 
 
 def _te(size: Size, args: argparse.Namespace, seqlen: int, fp8: bool, dpa: bool) -> nn.Module:
@@ -132,12 +134,6 @@ def _te(size: Size, args: argparse.Namespace, seqlen: int, fp8: bool, dpa: bool)
     return _Stack(layers, around, {"rotary_pos_emb": angles})
 
 
-def _sdpa_only(name: str) -> Callable[[], Any]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return lambda: sdpa_kernel(getattr(SDPBackend, name))
-
-
 def _variants(suite: str) -> dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]]:
     """{name: (builder, options)}, in the order of the table; the first is the yardstick."""
     if suite == "te":
@@ -151,12 +147,7 @@ def _variants(suite: str) -> dict[str, tuple[Callable[..., nn.Module], dict[str,
             "te fp8 + fp8 attention": (_te, {"fp8": True, "dpa": True}),
             "ours fp8 + fp8 attention": (_ours, {"linear": "te_fp8", "precision": "fp8"}),
         }
-    return {
-        "fa2": (_ours, {"backend": "sdpa", "around": _sdpa_only("FLASH_ATTENTION")}),
-        "cudnn": (_ours, {"backend": "sdpa", "around": _sdpa_only("CUDNN_ATTENTION")}),
-        "ours bf16": (_ours, {}),
-        "ours fp8": (_ours, {"precision": "fp8"}),
-    }
+    return {name: (_ours, {}) for name in e2e.VARIANTS}
 
 
 # Which TransformerEngine row each of ours is compared with.
@@ -169,7 +160,15 @@ _YARDSTICKS = {
 }
 
 
-def _calls(stack: nn.Module, x: Tensor, upstream: Tensor) -> dict[str, Callable[[], None]]:
+def _calls(
+    stack: nn.Module, x: Tensor, upstream: Tensor, core: str | None
+) -> dict[str, Callable[[], None]]:
+    """Forward and forward + backward; ``core`` names the attention that the layers get first."""
+
+    def prepare() -> None:
+        if core is not None:
+            e2e.exchange(stack, core, x.device)
+
     def forward() -> None:
         with torch.no_grad():
             stack(x)
@@ -180,12 +179,12 @@ def _calls(stack: nn.Module, x: Tensor, upstream: Tensor) -> dict[str, Callable[
             parameter.grad = None
         x.grad = None
 
-    return {"fwd": forward, "fwdbwd": step}
+    return {"prepare": prepare, "fwd": forward, "fwdbwd": step}
 
 
 def _once(call: Callable[[], None]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)  # the host gets ahead, so that no launch gap is timed
+    torch.cuda._sleep(8_000_000)  # the host gets ahead, so that no launch gap is timed
     start.record()
     call()
     end.record()
@@ -201,19 +200,24 @@ def measure_cell(args: argparse.Namespace, name: str, seqlen: int) -> dict[str, 
     upstream = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     calls: dict[str, dict[str, Callable[[], None]]] = {}
     variants: dict[str, Any] = {}
+    stack: nn.Module | None = None
+    shared = args.suite == "backends"
     torch.set_default_dtype(torch.bfloat16)
     try:
         for variant, (build, options) in _variants(args.suite).items():
             if args.variants and variant not in args.variants:
                 continue
             try:
-                with torch.device("cuda"):
-                    stack = build(size, args, seqlen, **options)
-                _initialise(stack)
-                ready = _calls(stack, x, upstream)
-                for call in ready.values():
-                    for _ in range(3):
-                        call()
+                if stack is None or not shared:
+                    with torch.device("cuda"):
+                        stack = build(size, args, seqlen, **options)
+                    _initialise(stack)
+                ready = _calls(stack, x, upstream, variant if shared else None)
+                ready["prepare"]()
+                for which in ("fwd", "fwdbwd"):
+                    # Long calls need no second warm-up: the first one has found the memory.
+                    for _ in range(1 if seqlen > LONG_SEQLEN else 3):
+                        ready[which]()
                 torch.cuda.synchronize()
             except Exception as error:  # a row that cannot run is a row that says so
                 variants[variant] = {"skipped": f"{type(error).__name__}: {str(error)[:300]}"}
@@ -224,8 +228,9 @@ def measure_cell(args: argparse.Namespace, name: str, seqlen: int) -> dict[str, 
     flops = size.flops(args.micro_batch * seqlen, seqlen)
     for which, factor in (("fwd", 1), ("fwdbwd", 3)):
         samples: dict[str, list[float]] = {v: [] for v in calls}
-        for _ in range(args.rounds):
+        for _ in range(min(args.rounds, 3) if seqlen > LONG_SEQLEN else args.rounds):
             for variant, ready in calls.items():
+                ready["prepare"]()
                 samples[variant].append(_once(ready[which]) / args.layers)
         for variant, times in samples.items():
             ms = statistics.median(times)
