@@ -128,7 +128,9 @@ class EngineSection:
     optimizer: str = _choice("adamw", "fused_adam")  # fused_adam: DeepSpeed's own CUDA kernel
     offload_optimizer: bool = False  # deepspeed: optimizer state in host memory
     overlap_comm: bool = True  # deepspeed
-    timeout_s: int = 600  # of a collective
+    timeout_s: int = 600  # of a collective, and of a rank's setup or checkpoint
+    hang_s: int = 40  # a rank that stands still while others wait ends the run; 0 = never
+    dead_s: int = 15  # ... as does one without a sign of life
 
 
 @dataclass

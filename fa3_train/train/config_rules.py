@@ -53,6 +53,8 @@ def _ranges(config: TrainConfig) -> Iterator[str]:
         "data.bpe_vocab_size": (config.data.bpe_vocab_size, 257),
         "engine.zero_stage": (config.engine.zero_stage, 0),
         "engine.timeout_s": (config.engine.timeout_s, 1),
+        "engine.hang_s": (config.engine.hang_s, 0),
+        "engine.dead_s": (config.engine.dead_s, 2),
         "logging.every": (config.logging.every, 1),
         "logging.attention_every": (config.logging.attention_every, 0),
         "checkpoint.every": (config.checkpoint.every, 0),

@@ -113,7 +113,7 @@ class ContextParallel:
             from fa3_train.integrations.deepspeed import UlyssesAttention
 
             self._ulysses = UlyssesAttention(self.group)
-        out = self._ulysses(
+        out: torch.Tensor = self._ulysses(
             *(x.unsqueeze(0) for x in (q, k, v)),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_q,

@@ -39,6 +39,7 @@ from fa3_train.train.metrics import StepMeter
 from fa3_train.train.schedule import learning_rate
 from fa3_train.train.signals import StopSignal
 from fa3_train.train.status import StatusReader, StepStatus
+from fa3_train.train.watch import Watch
 
 __all__ = ["Trainer", "run", "train"]
 
@@ -67,8 +68,20 @@ def train(config: TrainConfig) -> dict[str, str]:
     """
     with StopSignal() as stop:
         world = start_world(config)
+        engine = config.engine
+        watch = Watch(
+            world, hang_s=engine.hang_s, dead_s=engine.dead_s, timeout_s=engine.timeout_s
+        )
         try:
-            return Trainer(config, world, stop).run()
+            paths = Trainer(config, world, stop, watch).run()
+            watch.close()
+            return paths
+        except (NonFiniteError, CheckpointError):  # raised on all ranks
+            watch.close()
+            raise
+        except Exception as error:
+            watch.failed(error)
+            raise
         finally:
             stop_world()
 
@@ -76,8 +89,15 @@ def train(config: TrainConfig) -> dict[str, str]:
 class Trainer:
     """Everything of one run, wired up and resumed; `run()` trains to the end."""
 
-    def __init__(self, config: TrainConfig, world: World, stop: StopSignal) -> None:
+    def __init__(
+        self, config: TrainConfig, world: World, stop: StopSignal, watch: Watch | None = None
+    ) -> None:
         self.config, self.world, self.stop = config, world, stop
+        self.watch = watch or Watch(world)
+        with self.watch.slowly("setup"):
+            self._set_up(config, world)
+
+    def _set_up(self, config: TrainConfig, world: World) -> None:
         _seed(config)
         self.context = ContextParallel(config, world)
         self.data = build_data(
@@ -158,19 +178,22 @@ class Trainer:
             )
         if self.step > 0 and (self._stop_agreed or config.checkpoint.save_last):
             self._checkpoint(background=False)
-        self._announce(self.checkpointer.finish())
-        if config.checkpoint.export_hf and self.step == config.run.steps:
-            self._export()
+        with self.watch.slowly("the end of the run"):
+            self._announce(self.checkpointer.finish())
+            if config.checkpoint.export_hf and self.step == config.run.steps:
+                self._export()
 
     def advance(self) -> bool:
         """One step and what the loop does about every step: read statuses, write log lines.
         False when the ranks have agreed to stop, and no step was taken."""
         position = self.loader.samples
+        self.watch.at(f"step {self.step + 1}, data")
         self.meter.start_step(self.step + 1)
         with self.meter.phase("data"):
             batches = [next(self.loader) for _ in range(self.engine.accumulation)]
             labels = [_count_labels(batch) for batch in batches]
-        all_labels = self._agree(sum(labels))
+        with self.watch.waiting():
+            all_labels = self._agree(sum(labels))
         if self._stop_agreed:
             self.loader.seek(position)  # these batches are for the run that continues
             return False
@@ -193,15 +216,18 @@ class Trainer:
             batches[index] = batch.to(self.world.device, non_blocking=True)
         total: torch.Tensor | None = None
         for index, batch in enumerate(batches):
+            self.watch.at(f"step {self.step}, forward of micro-batch {index}")
             with meter.phase("forward"):
                 loss = engine.forward(batch)
                 if weights[index] != 1.0:
                     loss = loss * weights[index]
+            self.watch.at(f"step {self.step}, backward of micro-batch {index}")
             with meter.phase("backward"):
                 last = index == engine.accumulation - 1
                 engine.backward(loss, first=index == 0, last=last)
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
+        self.watch.at(f"step {self.step}, optimizer")
         with meter.phase("optimizer"):
             status = torch.zeros(STATUS_SIZE, device=self.world.device)
             status[LOSS] = total / (engine.accumulation * self.world.size)
@@ -242,7 +268,8 @@ class Trainer:
             return
         loader.seek(0)
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # loss, labels
-        for _ in range(count):
+        for index in range(count):
+            self.watch.at(f"evaluation after step {self.step}, micro-batch {index}")
             batch = next(loader)
             labels = _count_labels(batch)
             loss = self.engine.evaluate(batch.to(self.world.device, non_blocking=True))
@@ -257,6 +284,10 @@ class Trainer:
 
     def _checkpoint(self, background: bool) -> None:
         """Save the state after the current step. Everything queued is waited for first."""
+        with self.watch.slowly(f"checkpoint of step {self.step}"):
+            self._save(background)
+
+    def _save(self, background: bool) -> None:
         self._read_statuses(drain=True)
         # On disk before the checkpoint, or a kill would leave a gap in metrics.jsonl.
         self.logger.log(self.meter.flush())
