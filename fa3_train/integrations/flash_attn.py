@@ -24,7 +24,6 @@ import types
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fa3_train.checks import require
@@ -333,17 +332,14 @@ def _fa3_backward(
 ):  # fmt: skip
     """FA3's private backward: writes dq, dk, dv where given, returns them."""
     _check(seqused_q=sequed_q, seqused_k=sequed_k, sm_margin=sm_margin)
-    totals = [torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v)]
-    attention.attn_bwd_accumulate(
-        dout, q, k, v, out, softmax_lse, *totals, softmax_scale, is_causal,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        window_size=_window((window_size_left, window_size_right), is_causal),
-        softcap=softcap, deterministic=deterministic,
+    grads = attention.attn_bwd(
+        dout, q, k, v, out, softmax_lse, softmax_scale, is_causal, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        window_size=_window((window_size_left, window_size_right), is_causal), softcap=softcap,
+        deterministic=deterministic,
     )  # fmt: skip
     return tuple(
-        total.to(x.dtype) if given is None else given.copy_(total)
-        for total, x, given in zip(totals, (q, k, v), (dq, dk, dv), strict=True)
+        g if given is None else given.copy_(g) for g, given in zip(grads, (dq, dk, dv), strict=True)
     )
 
 

@@ -13,7 +13,7 @@ out = 0 and lse = -inf (the sink with one).
 
 Below the public functions are the primitives for context parallelism: :func:`attn_fwd` and
 :func:`attn_bwd_accumulate` work on one block of keys, with lse in and out and fp32 gradient buffers
-that are added to.
+that are added to. :func:`attn_bwd` is the whole backward for code that has its own autograd.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from fa3_train.ops import backends, hopper, sdpa
 from fa3_train.ops.launch import Key, remember
 
 __all__ = [
+    "attn_bwd",
     "attn_bwd_accumulate",
     "attn_fwd",
     "flash_attn_func",
@@ -427,3 +428,51 @@ def attn_bwd_accumulate(
     for total, share in zip((dq, dk, dv, dsink), grads, strict=True):
         if total is not None and share is not None:
             total += share.to(total.dtype)
+
+
+@torch.no_grad()
+def attn_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) in the dtypes of q, k, v of a forward by :func:`attn_fwd` over all its keys.
+
+    For frameworks that keep their own autograd. Arguments and errors as
+    :func:`attn_bwd_accumulate`.
+    """
+    shape = checks.attention_shape(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    left, right = _tighten(shape, *checks.resolve_window(causal, window_size))
+    scale = checks.resolve_scale(softmax_scale, shape.head_dim_qk)
+    softcap = checks.check_softcap(softcap)
+    hopper.check_backward(shape, q, dout, out, lse, None)
+    options = _options(shape, left, right, softcap, None, deterministic, True, True)
+    chosen = backends.choose(
+        backend, q.device, q.dtype, shape.head_dim_qk, shape.head_dim_v, options
+    )
+    if chosen == "hopper":
+        dq, dk, dv, _ = torch.ops.fa3_train.attn_bwd(
+            dout, q, k, v, out, lse, None, cu_seqlens_q, cu_seqlens_k, None, shape.seqlen_q,
+            shape.seqlen_k, scale, right == 0, left, right, softcap, deterministic,
+        )  # fmt: skip
+        return dq, dk, dv
+    grads = reference.attention_backward(
+        dout, q, k, v, out, lse, softmax_scale=scale, window_size=(left, right), softcap=softcap,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dtype=_reference_dtype(q.dtype),
+    )  # fmt: skip
+    dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=False))
+    return dq, dk, dv

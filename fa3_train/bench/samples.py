@@ -1,0 +1,156 @@
+"""torch's own samples of scaled_dot_product_attention, run through our replacement.
+
+    python -m fa3_train.bench samples --device cuda --backend hopper --out docs/results/samples_gpu
+
+The inputs are those of torch's operator tests (``OpInfo`` of
+``nn.functional.scaled_dot_product_attention``): dense, batched, broadcast, causal of unequal
+lengths, with masks and dropout. Each sample is taken as given and with non-contiguous tensors. A
+sample passes where the output and the three gradients are within the project's rule (twice the
+error of torch's own result against fp64); one that :func:`fa3_train.integrations.sdpa.supports`
+refuses counts as refused, with its reason. fp64 samples have no truth beside torch's result: they
+are compared with it by ``torch.testing.assert_close`` and its default tolerances, and go through
+``torch.autograd.gradcheck``, as in torch's tests.
+
+Needs the package expecttest, which torch's testing module imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fa3_train.bench.tables import machine
+from fa3_train.integrations import sdpa
+from fa3_train.numerics import compare
+
+OPERATOR = "nn.functional.scaled_dot_product_attention"
+DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", default=None, help="default: hopper on cuda, else reference")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=sorted(DTYPES), help="default: what the device serves"
+    )
+    parser.add_argument("--out", help="path without suffix: writes .json and .md")
+
+
+def torch_samples(device: str, dtype: torch.dtype) -> list[Any]:
+    """torch's SampleInputs: ``input`` (q), ``args`` (k, v), ``kwargs``, with gradients required.
+
+    Raises:
+        ImportError: expecttest is not installed.
+    """
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (operator,) = (op for op in op_db if op.name == OPERATOR)
+    return list(operator.sample_inputs(device, dtype, requires_grad=True))
+
+
+def _call(leaves: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    """Output and gradients of F.scaled_dot_product_attention, whatever it is at the moment."""
+    out = F.scaled_dot_product_attention(*leaves, **options)
+    torch.manual_seed(0)
+    dout = torch.randn(out.shape, dtype=torch.float64).to(out.device, out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def _exact(leaves: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+    wide = [x.detach().double().cpu().requires_grad_() for x in leaves]
+    return wide, {
+        k: v.double().cpu() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
+
+
+def _judge(leaves: list[Tensor], options: dict[str, Any], backend: str) -> list[str]:
+    """What is wrong with our result; empty for a pass."""
+    theirs = _call(leaves, options)
+    if leaves[0].dtype == torch.float64:
+        with sdpa.sdpa_replacement(backend=backend):
+            torch.testing.assert_close(_call(leaves, options), theirs)
+            torch.autograd.gradcheck(
+                lambda *x: F.scaled_dot_product_attention(*x, **options), leaves
+            )
+        return []
+    # dout is drawn in fp64 and rounded to the sample's dtype; the truth must see the same.
+    wide, wide_options = _exact(leaves, options)
+    out = F.scaled_dot_product_attention(*wide, **wide_options)
+    torch.manual_seed(0)
+    dout = torch.randn(out.shape, dtype=torch.float64).to(leaves[0].dtype).double()
+    truth = [out.detach(), *torch.autograd.grad(out, wide, dout)]
+    with sdpa.sdpa_replacement(backend=backend):
+        ours = _call(leaves, options)
+    results = [
+        compare(a.cpu(), t, b.cpu(), "out" if name == "out" else "grad", name)
+        for name, a, t, b in zip(("out", "dq", "dk", "dv"), ours, truth, theirs, strict=True)
+    ]
+    return [str(r) for r in results if not r.ok]
+
+
+def run(device: str, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+    """{"samples", "passed", "refused": {reason: count}, "failed": [text]} for one dtype."""
+    refused: collections.Counter[str] = collections.Counter()
+    failed, passed, total = [], 0, 0
+    for number, sample in enumerate(torch_samples(device, dtype)):
+        for kind, given in (("", sample), (" non-contiguous", sample.noncontiguous())):
+            total += 1
+            leaves, options = [given.input, *given.args], given.kwargs
+            reason = sdpa.supports(*leaves, **options)
+            if reason is not None:
+                refused[reason] += 1
+                continue
+            try:
+                faults = _judge(leaves, options, backend)
+            except Exception as error:  # a failure of the sample, to be reported with the others
+                faults = [f"{type(error).__name__}: {error}"]
+            passed += not faults
+            failed += [f"{number}{kind} {options}: {fault}" for fault in faults[:1]]
+    return {"samples": total, "passed": passed, "refused": dict(refused), "failed": failed}
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| dtype | samples | passed | refused | failed |", "|---|---|---|---|---|"]
+    reasons: collections.Counter[str] = collections.Counter()
+    for name, r in result["dtypes"].items():
+        reasons.update(r["refused"])
+        lines.append(
+            f"| {name} | {r['samples']} | {r['passed']} | {sum(r['refused'].values())} | "
+            f"{len(r['failed'])} |"
+        )
+    lines += ["", "Refused (all dtypes):", ""]
+    lines += [f"- {count} x {reason}" for reason, count in reasons.items()]
+    failed = [f"- {name}: {text}" for name, r in result["dtypes"].items() for text in r["failed"]]
+    return "\n".join(lines + (["", "Failed:", "", *failed] if failed else []))
+
+
+def main(args: argparse.Namespace) -> int:
+    cuda = torch.device(args.device).type == "cuda"
+    backend = args.backend or ("hopper" if cuda else "reference")
+    names = args.dtypes or (["bf16", "fp16"] if cuda else ["fp32", "fp64"])
+    result = {
+        "what": f"samples of {OPERATOR}",
+        "command": args.command,
+        "machine": machine(),
+        "backend": backend,
+        "dtypes": {name: run(args.device, DTYPES[name], backend) for name in names},
+    }
+    print(f"{result['what']}, torch {torch.__version__}, {args.device}, backend {backend}")
+    print(table(result))
+    if args.out:
+        base = Path(args.out)
+        base.parent.mkdir(parents=True, exist_ok=True)
+        base.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
+        base.with_suffix(".md").write_text(f"    {args.command}\n\n{facts}\n\n{table(result)}\n")
+    return 1 if any(r["failed"] for r in result["dtypes"].values()) else 0
