@@ -25,6 +25,7 @@ from fa3_train.ops.attention import (
     resolve_backend,
 )
 from fa3_train.ops.packed_qkv import packed_attention
+from fa3_train.reference_fp8 import HEAD_DIMS
 
 
 class FlashAttention(nn.Module):
@@ -115,6 +116,7 @@ class FlashAttention(nn.Module):
                 cu_seqlens=cu_seqlens_q, max_seqlen=max_seqlen_q,
                 softmax_scale=self.softmax_scale, causal=self.causal, window_size=self.window,
                 softcap=self.softcap, deterministic=self.deterministic,
+                fp8=self.precision == "fp8", signs=self.signs,
             )
         lengths: tuple[Any, ...] = ()
         if cu_seqlens_q is not None:
@@ -149,16 +151,19 @@ class FlashAttention(nn.Module):
     def serves_product(self, qkv: torch.Tensor, kv_heads: int) -> bool:
         """Whether `forward` takes the QKV projection's whole product (..., H + 2 Hkv, D): eager, in
         16 bits, on the Hopper kernels."""
-        if self.precision != "bf16" or not qkv.is_cuda or torch.compiler.is_compiling():
+        if not qkv.is_cuda or torch.compiler.is_compiling():
             return False
         if qkv.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda"):
             return False
+        if self.precision == "fp8" and self.head_dim not in HEAD_DIMS:
+            return False
         used = {
+            "return_lse": self.precision == "fp8",  # as flash_attn_fp8_func asks: sdpa has no FP8
+            "softcap": self.softcap != 0.0,
+            "window_size": self.window[0] >= 0 or self.window[1] > 0,
+            "deterministic": self.deterministic,
             "varlen": qkv.dim() == 3,
             "grouped": qkv.shape[-2] != 3 * kv_heads,
-            "window_size": self.window[0] >= 0 or self.window[1] > 0,
-            "softcap": self.softcap != 0.0,
-            "deterministic": self.deterministic,
             "grad": torch.is_grad_enabled() and qkv.requires_grad,
         }
         options = tuple(name for name, on in used.items() if on)

@@ -8,6 +8,10 @@ Beside :func:`flash_attn_func` after :func:`rope` this saves memory traffic and 
 - the backward writes dq, dk and dv as columns of one dqkv, and turns the first two back in place:
   the gradient that the projection's backward reads is complete without a concatenation.
 
+With ``fp8`` the forward is that of ``flash_attn_fp8_func``: codes of the rotated and transformed q
+and k, and of v, live only until the kernel has read them. The backward is the 16-bit one at the
+rotated q and k and at v (``gradient="inputs"`` there).
+
 **The product is consumed**: ``qkv`` holds rotated q and k afterwards. That is sound where nobody
 else looks at it (the output of a linear map is not needed for the map's own gradient), which is why
 this is called by :class:`fa3_train.modules.SelfAttention` on what it has just made, and nowhere
@@ -23,9 +27,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fa3_train import _lib, checks
+from fa3_train.ops import fp8 as fp8_ops
 from fa3_train.ops import hopper
 from fa3_train.ops.launch import Key, Plan, address, meta, remember, strided
-from fa3_train.ops.prep import ROPE, check_prep
+from fa3_train.ops.prep import HADAMARD, QUANTIZE, ROPE, check_prep
 
 _MASK = "float softmax_scale, bool causal, int window_left, int window_right, float softcap"
 hopper._library.define(
@@ -112,6 +117,8 @@ class _Call(NamedTuple):
     right: int
     softcap: float
     deterministic: bool
+    fp8: bool
+    two_level: bool
 
     @property
     def mask(self) -> tuple[float, bool, int, int, float]:
@@ -120,8 +127,13 @@ class _Call(NamedTuple):
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, cos, sin, position_ids, cu_seqlens, call: _Call):
-        out, lse = _run(qkv, cos, sin, position_ids, cu_seqlens, call)
+    def forward(ctx, qkv, cos, sin, signs, position_ids, cu_seqlens, call: _Call):
+        where = (cos, sin, position_ids, cu_seqlens, call)
+        if call.fp8:
+            out, lse = _run_fp8(qkv, signs, *where)
+            _turn(qkv, *where)  # for the backward
+        else:
+            out, lse = _run(qkv, *where)
         ctx.save_for_backward(qkv, out, lse, cos, sin, position_ids, cu_seqlens)
         ctx.call = call
         return out
@@ -135,19 +147,32 @@ class _PackedAttention(torch.autograd.Function):
             dout, qkv, call.heads, call.kv_heads, out, lse, cu_seqlens, call.max_seqlen,
             *call.mask, call.deterministic,
         )  # fmt: skip
-        if cos is not None:
-            turned = call.heads + call.kv_heads
-            torch.ops.fa3_train.rotate_packed(
-                dqkv, turned, cos, sin, position_ids, cu_seqlens, True
-            )
-        return dqkv, None, None, None, None, None
+        _turn(dqkv, cos, sin, position_ids, cu_seqlens, call, inverse=True)
+        return dqkv, None, None, None, None, None, None
+
+
+def _turn(qkv, cos, sin, position_ids, cu_seqlens, call: _Call, inverse: bool = False) -> None:
+    """q and k of ``qkv`` rotated in place."""
+    if cos is not None:
+        torch.ops.fa3_train.rotate_packed(
+            qkv, call.heads + call.kv_heads, cos, sin, position_ids, cu_seqlens, inverse
+        )
+
+
+def _run_fp8(qkv, signs, cos, sin, position_ids, cu_seqlens, call: _Call) -> tuple[Tensor, Tensor]:
+    turned = QUANTIZE | (ROPE if cos is not None else 0) | (HADAMARD if signs is not None else 0)
+    codes = torch.ops.fa3_train.prep(
+        list(split(qkv, call.heads, call.kv_heads)), [turned, turned, QUANTIZE], cos, sin, signs,
+        position_ids, cu_seqlens, False, False, fp8_ops.SCALE_BLOCK, None,
+    )  # fmt: skip
+    return torch.ops.fa3_train.attn_fp8_fwd(
+        *codes, cu_seqlens, cu_seqlens, call.max_seqlen, call.max_seqlen, call.scale, call.causal,
+        call.left, call.right, call.two_level, qkv.dtype,
+    )  # fmt: skip
 
 
 def _run(qkv, cos, sin, position_ids, cu_seqlens, call: _Call) -> tuple[Tensor, Tensor]:
-    if cos is not None:
-        torch.ops.fa3_train.rotate_packed(
-            qkv, call.heads + call.kv_heads, cos, sin, position_ids, cu_seqlens, False
-        )
+    _turn(qkv, cos, sin, position_ids, cu_seqlens, call)
     q, k, v = split(qkv, call.heads, call.kv_heads)
     return torch.ops.fa3_train.attn_fwd(
         q, k, v, cu_seqlens, cu_seqlens, None, call.max_seqlen, call.max_seqlen, *call.mask
@@ -169,6 +194,9 @@ def packed_attention(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     deterministic: bool = False,
+    fp8: bool = False,
+    signs: Tensor | None = None,
+    two_level: bool = True,
 ) -> Tensor:
     """Attention of packed heads ``qkv``, which is overwritten; differentiable in ``qkv``.
 
@@ -177,6 +205,8 @@ def packed_attention(
         heads, kv_heads: H and G.
         cos, sin: fp32 (positions, R / 2), or None for no rotation; position_ids: int32 (T) or
             (B, S), default 0, 1, ... in each sequence.
+        fp8: both products of the forward in FP8, with signs and two_level as in
+            ``flash_attn_fp8_func``; no softcap then.
 
     The other arguments are those of ``flash_attn_func`` and ``flash_attn_varlen_func``.
 
@@ -195,8 +225,11 @@ def packed_attention(
         left = -1
     call = _Call(
         heads, kv_heads, shape.seqlen_q, checks.resolve_scale(softmax_scale, shape.head_dim_qk),
-        right == 0, left, right, checks.check_softcap(softcap), deterministic,
+        right == 0, left, right, checks.check_softcap(softcap), deterministic, fp8, two_level,
     )  # fmt: skip
+    checks.require(not (fp8 and softcap), "softcap", "must be 0 with fp8", softcap)
+    checks.require(fp8 or signs is None, "signs", "are for fp8 only", "a tensor")
     if torch.is_grad_enabled() and qkv.requires_grad:
-        return _PackedAttention.apply(qkv, cos, sin, position_ids, cu_seqlens, call)
-    return _run(qkv, cos, sin, position_ids, cu_seqlens, call)[0]
+        return _PackedAttention.apply(qkv, cos, sin, signs, position_ids, cu_seqlens, call)
+    where = (cos, sin, position_ids, cu_seqlens, call)
+    return (_run_fp8(qkv, signs, *where) if fp8 else _run(qkv, *where))[0]

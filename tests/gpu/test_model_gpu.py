@@ -282,6 +282,45 @@ def test_the_product_alone_gives_the_same_bits(packed, heads, kv_heads, dim, opt
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (6, 2, 128)])
+def test_the_product_alone_in_fp8(packed, heads, kv_heads, dim):
+    """The same codes and kernels as flash_attn_fp8_func; only dq is summed by atomics."""
+    from fa3_train.ops.attention_fp8 import flash_attn_fp8_func, flash_attn_fp8_varlen_func
+    from fa3_train.ops.packed_qkv import packed_attention
+    from fa3_train.rotary import rope_tables
+
+    cu = torch.tensor([0, 1, 130, 130, 300], dtype=torch.int32, device="cuda") if packed else None
+    shape = (300,) if packed else (2, 150)
+    qkv = torch.randn(*shape, heads + 2 * kv_heads, dim, device="cuda", dtype=BF16)
+    up = torch.randn(*shape, heads, dim, device="cuda", dtype=BF16)
+    cos, sin = rope_tables(dim, 300, device="cuda")
+    signs = torch.randint(0, 2, (dim,), device="cuda").float() * 2 - 1
+    common = {"causal": True, "cos": cos, "sin": sin, "signs": signs}
+
+    def by_views(x):
+        q, k, v = x.split((heads, kv_heads, kv_heads), dim=-2)
+        if packed:
+            return flash_attn_fp8_varlen_func(q, k, v, cu, cu, 170, 170, **common)
+        return flash_attn_fp8_func(q, k, v, **common)
+
+    def by_product(x):
+        lengths = {"cu_seqlens": cu, "max_seqlen": 170} if packed else {}
+        return packed_attention(x * 1.0, heads, kv_heads, fp8=True, **lengths, **common)
+
+    results = []
+    for run_one in (by_views, by_product):
+        x = qkv.clone().requires_grad_()
+        out = run_one(x)
+        (grad,) = torch.autograd.grad(out, x, up)
+        results.append((out, *grad.split((heads, kv_heads, kv_heads), dim=-2)))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        if name == "dq":
+            assert (a - b).float().norm() < 5e-3 * a.float().norm()
+        else:
+            assert torch.equal(a, b), name
+
+
 def test_compiled_layers():
     config = CONFIG.replace(
         attention_backend="hopper", compile_layers=True, activation_checkpointing="selective"

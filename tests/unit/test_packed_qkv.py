@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fa3_train import reference
+from fa3_train import reference, reference_fp8
 from fa3_train.modules import FlashAttention, TransformerLayer
 from fa3_train.numerics import assert_as_good
 from fa3_train.ops import packed_qkv
+from fa3_train.ops.prep import ROPE
 from fa3_train.rotary import apply_rope
 
 
@@ -43,12 +44,38 @@ def _backward(
     return torch.cat([g.to(qkv.dtype) for g in grads[:3]], dim=-2)
 
 
+def _prep(xs, stages, cos, sin, signs, positions, cu, *_):
+    pairs = []
+    for x, stage in zip(xs, stages, strict=True):
+        turns = (cos, sin, signs) if stage & ROPE else (None, None, None)
+        pairs.append(
+            reference_fp8.rope_hadamard_quantize(
+                x, *turns, cu_seqlens=cu, position_ids=positions if stage & ROPE else None
+            )
+            if stage & ROPE
+            else reference_fp8.quantize_blocks(x.float(), cu_seqlens=cu)
+        )
+    return [c for c, _ in pairs] + [d.contiguous() for _, d in pairs]
+
+
+def _fp8_forward(
+    q, k, v, sq, sk, sv, cu_q, cu_k, max_q, max_k, scale, causal, left, right, two_level, kind, *_
+):
+    out, lse = reference_fp8.attention_fp8(
+        q, k, v, sq, sk, sv, softmax_scale=scale, window_size=(left, 0 if causal else right),
+        cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, two_level=two_level,
+    )  # fmt: skip
+    return out.to(kind), lse.float()
+
+
 @pytest.fixture(scope="module")
 def _on_cpu():
     library = torch.library.Library("fa3_train", "IMPL")
     library.impl("attn_fwd", _forward, "CPU")
     library.impl("rotate_packed", _rotate, "CPU")
     library.impl("attn_bwd_packed", _backward, "CPU")
+    library.impl("prep", _prep, "CPU")
+    library.impl("attn_fp8_fwd", _fp8_forward, "CPU")
     yield
     library._destroy()
 
@@ -104,6 +131,29 @@ def test_product_and_views_agree(product, monkeypatch, packed, policy, options):
         assert_as_good(got, exact, other, "accum")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("policy", ["none", "selective"])
+def test_fp8_product_and_views_agree(product, monkeypatch, packed, policy):
+    """Same codes, so the same forward up to the order of sums; gradients at the 16-bit inputs."""
+
+    def build(policy):
+        torch.manual_seed(3)
+        layer = TransformerLayer(
+            48, 40, num_heads=4, num_kv_heads=2, head_dim=64, max_seq_len=64,
+            backend="reference", precision="fp8", activation_checkpointing=policy,
+        )  # fmt: skip
+        return layer
+
+    x = torch.randn(*((50,) if packed else (2, 25)), 48)
+    extra = {"cu_seqlens": CU, "max_seqlen": 37} if packed else {}
+    by_product = _gradients(build(policy), x, extra)
+    assert product
+    monkeypatch.setattr(FlashAttention, "serves_product", lambda *_: False)
+    by_views = _gradients(build("none"), x, extra)
+    for got, other in zip(by_product, by_views, strict=True):
+        assert torch.allclose(got, other, rtol=1e-3, atol=1e-5)
+
+
 def test_no_gradient_no_graph(product):
     layer = _layer()
     with torch.no_grad():
@@ -120,6 +170,8 @@ def test_what_is_refused(_on_cpu):
     qkv = torch.randn(1, 5, 10, 16)
     with pytest.raises(ValueError, match="qkv: must hold 6 \\+ 2 x 4 heads"):
         packed_qkv.packed_attention(qkv, 6, 4)
+    with pytest.raises(ValueError, match="softcap: must be 0 with fp8"):
+        packed_qkv.packed_attention(qkv, 6, 2, fp8=True, softcap=2.0)
     with pytest.raises(ValueError, match="kv_heads must be given"):
         FlashAttention(16)(qkv)
 
