@@ -10,7 +10,8 @@ They are not part of its wheel, only of its source distribution, so this file is
 ``FA3_TRAIN_HF_ATTENTION``: ``reference``, ``hopper`` or another backend of ours, registered in the
 place of ``sdpa``, which is what transformers takes when nothing is said and what its equivalence
 tests compare with eager; or ``sdpa`` for transformers' own, to see which tests fail by themselves.
-Default: ``hopper`` on a GPU, ``reference`` elsewhere.
+Default: ``hopper`` on a GPU, ``reference`` elsewhere. ``FA3_TRAIN_HF_POLICY``: ``error`` (default)
+or ``warn``, under which tests that ask for the attention matrix get it from plain attention.
 
 The tests need accelerate and parameterized. Generation and export have folders of their own, which
 the source distribution leaves out: their mix-ins are empty here.
@@ -78,7 +79,7 @@ class _Tester:
         return config, {"input_ids": ids, "attention_mask": torch.tril(torch.ones_like(ids))}
 
 
-class LlamaTest(common.ModelTesterMixin, unittest.TestCase):
+class LlamaTest(common.ModelTesterMixin, common.GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (
         transformers.LlamaModel,
         transformers.LlamaForCausalLM,
@@ -99,7 +100,9 @@ class LlamaTest(common.ModelTesterMixin, unittest.TestCase):
         from transformers import AttentionInterface
 
         forward = hf.attention_forward
-        hf.register("sdpa", backend=ATTENTION)
+        hf.register(
+            "sdpa", backend=ATTENTION, policy=os.environ.get("FA3_TRAIN_HF_POLICY", "error")
+        )
         AttentionInterface.register("sdpa", counted)
 
     def setUp(self):
