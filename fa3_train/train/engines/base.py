@@ -50,7 +50,8 @@ class Engine(abc.ABC):
 
     name: ClassVar[str]
     async_save: ClassVar[bool] = False  # save_async is available
-    reshards: ClassVar[bool] = False  # a checkpoint loads at another world size
+    # Parts of `describe()` that a checkpoint must share with the run that loads it.
+    bound_to: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         self.config = config
@@ -100,8 +101,9 @@ class Engine(abc.ABC):
         raise NotImplementedError(f"engine={self.name} cannot save in the background")
 
     @abc.abstractmethod
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote; collective."""
+    def load(self, folder: Path, written_by: int) -> None:
+        """Read what `save` wrote on `written_by` ranks, be they as many as now or not; collective.
+        """
 
     def full_weight(self, parameter: torch.Tensor) -> torch.Tensor:
         """The whole of one of `model`'s parameters; collective where it is sharded."""

@@ -16,10 +16,12 @@ Start it with torchrun, with DeepSpeed's launcher (`deepspeed --module fa3_train
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +85,7 @@ class DeepSpeedEngine(Engine):
     """See the module docstring."""
 
     name = "deepspeed"
+    bound_to = ("zero_stage", "compute")
 
     def __init__(self, config: TrainConfig, world: World) -> None:
         super().__init__(config, world)
@@ -109,6 +112,10 @@ class DeepSpeedEngine(Engine):
                 dist_init_required=False,
             )
         self.engine.train()
+        self._hyperparameters = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.engine.optimizer.param_groups
+        ]
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self._call(self.engine, batch)
@@ -168,13 +175,48 @@ class DeepSpeedEngine(Engine):
         with _quiet():
             self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, written_by: int) -> None:
+        if written_by == self.world.size or self._has_no_shards:
+            self._load(folder, _TAG)
+            return
+        # ZeRO's files are cut for one number of ranks: rank 0 turns them into DeepSpeed's
+        # universal layout, one file for each parameter and moment, which all of them then read.
+        place = folder.parent.with_name(f".{folder.parent.name}.universal")
+        failure = None
+        if self.world.is_main:
+            try:
+                _make_universal(folder / _TAG, place / _TAG)
+            except Exception as error:  # the other ranks wait for the answer
+                failure = f"conversion to DeepSpeed's universal layout failed: {error!r}"
+        failure = self.world.broadcast(failure)
+        if failure is not None:
+            raise RuntimeError(failure)
+        self.engine._config.load_universal_checkpoint = True
+        try:
+            self._load(place, _TAG)
+        finally:
+            self.engine._config.load_universal_checkpoint = False
+            self.world.gather(None)  # before the files go
+            if self.world.is_main:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _load(self, folder: Path, tag: str) -> None:
         with _quiet():
             path, _ = self.engine.load_checkpoint(
-                str(folder), tag=_TAG, load_lr_scheduler_states=False
+                str(folder), tag=tag, load_lr_scheduler_states=False
             )
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint under {folder}")
+        # They are the config's, as for engine=torch; and from the universal layout all groups get
+        # the weight decay of the first.
+        groups = self.engine.optimizer.param_groups
+        for group, ours in zip(groups, self._hyperparameters, strict=True):
+            group.update(ours)
+
+    @property
+    def _has_no_shards(self) -> bool:
+        """Whether every rank holds, and rank 0 alone writes, the whole optimizer state."""
+        return self.stage == 0
 
     def full_weight(self, parameter: torch.Tensor) -> torch.Tensor:
         if self.stage < 3:
@@ -192,6 +234,25 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+def _make_universal(source: Path, target: Path) -> None:
+    """DeepSpeed's own conversion, in this process."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    arguments = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,  # in this process: forks of one with a GPU context do not work
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        ds_to_universal.main(arguments)
 
 
 def _as_norm(value: Any) -> float | torch.Tensor:

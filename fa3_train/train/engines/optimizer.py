@@ -5,11 +5,15 @@ by `grad_scale`, and when `found_inf` is 1 it leaves parameters, moments and ste
 are. Clipping is a division of all gradients by max(1, norm / limit), so it needs no pass over the
 gradients of its own; and a non-finite norm turns the update off on the device, in the same step,
 without the host having to look.
+
+Where the engine keeps 16-bit copies of the weights on a GPU, a kernel of ours does the same update
+and writes the copies with it (_adamw_triton.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +65,7 @@ class GuardedAdamW(torch.optim.AdamW):
         self.clip_norm = settings.clip_norm
         self.grad_scale: torch.Tensor | None = None
         self.found_inf: torch.Tensor | None = None
+        self._copies: dict[nn.Parameter, torch.Tensor] = {}
 
     def guard(self, *, norm: torch.Tensor | None, blocked: torch.Tensor) -> None:
         """Prepare the next step. `norm`: global gradient norm for clipping (None: no clipping);
@@ -70,6 +75,50 @@ class GuardedAdamW(torch.optim.AdamW):
         if norm is not None and self.clip_norm > 0:
             # The 1e-6 is that of torch.nn.utils.clip_grad_norm_, and keeps parity with it.
             self.grad_scale = ((norm + 1e-6) / self.clip_norm).clamp_(min=1.0)
+
+    def keep_copies(self, copies: dict[nn.Parameter, torch.Tensor]) -> None:
+        """From now on `step()` also writes each parameter into its copy (of another dtype)."""
+        self._copies = copies
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if not self._own_kernel():
+            result: float | None = super().step(closure)
+            if self._copies:
+                torch._foreach_copy_(
+                    list(self._copies.values()), list[torch.Tensor](self._copies)
+                )
+            return result
+        from fa3_train.train.engines import _adamw_triton
+
+        steps = [self.state[p]["step"] for g in self.param_groups for p in g["params"]]
+        torch._foreach_add_(steps, 1.0)
+        if self.found_inf is not None:
+            torch._foreach_sub_(steps, [self.found_inf] * len(steps))
+        for group in self.param_groups:
+            betas = group["betas"]
+            for param in group["params"]:
+                _adamw_triton.update(
+                    param, param.grad, self.state[param], self._copies.get(param),
+                    scale=self.grad_scale, blocked=self.found_inf, lr=group["lr"], betas=betas,
+                    log2_betas=(math.log2(betas[0]), math.log2(betas[1])), eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                )  # fmt: skip
+        return None
+
+    def _own_kernel(self) -> bool:
+        """Copies on a GPU, and the state that torch's first step makes."""
+        return bool(self._copies) and all(
+            p.is_cuda
+            and p.is_contiguous()
+            and p.grad is not None
+            and p.grad.is_contiguous()
+            and p in self.state
+            and "step" in self.state[p]
+            and self.state[p]["step"].is_cuda
+            for group in self.param_groups
+            for p in group["params"]
+        )
 
     def set_lr(self, lr: float) -> None:
         for group in self.param_groups:

@@ -46,7 +46,6 @@ class TorchEngine(Engine):
 
     name = "torch"
     async_save = True
-    reshards = True
 
     def _setup(self, model: nn.Module) -> None:
         precision = self.config.precision
@@ -86,6 +85,9 @@ class TorchEngine(Engine):
             self.config.optimizer,
             fused=self.config.optimizer.fused,
         )
+        if self._has_copy:
+            pairs = zip(self.masters, self.working, strict=True)
+            self.optimizer.keep_copies({master: copy.detach() for master, copy in pairs})
         if not self.config.optimizer.fused and self.config.run.guard:
             raise ConfigError(
                 "optimizer.fused=false has no device-side guard: set run.guard=false too, "
@@ -165,10 +167,8 @@ class TorchEngine(Engine):
         elif self.optimizer.clip_norm > 0:
             scale = (self.optimizer.clip_norm / (norm + 1e-6)).clamp_(max=1.0)
             torch._foreach_mul_(gradients, scale)
-        self.optimizer.step()
-        if self._has_copy:
-            torch._foreach_copy_(self.working, list[torch.Tensor](self.masters))
-        else:
+        self.optimizer.step()  # refreshes the working copies too
+        if not self._has_copy:
             self.optimizer.zero_grad(set_to_none=True)
         return status
 
@@ -234,7 +234,7 @@ class TorchEngine(Engine):
         assert isinstance(response, Future)
         return response
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, written_by: int) -> None:  # DCP does not ask by how many
         state_dict_loader.load(self._state(), checkpoint_id=str(folder))
         if self._has_copy:
             with torch.no_grad():
