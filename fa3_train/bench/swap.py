@@ -14,9 +14,9 @@ profile of one step of each; the table lists the names, so that a wrong attribut
 
 Losses: ``--loss-layers`` layers, ``--loss-steps`` steps with a warm-up of a fifth of them, from the
 same seed on the same batches, with four attentions: before, after, before again, and torch's
-FlashAttention-2 (``sdpa_kernel(FLASH_ATTENTION)``), which nobody doubts. What the first does not
-share with FlashAttention-2 is bf16 noise: two right kernels that round in another order. Ours has to
-stay within twice that distance. (``before`` again is the first kernel with itself: its atomics.)
+FlashAttention-2 (``sdpa_kernel(FLASH_ATTENTION)``), which nobody doubts. Its distance from the
+first is bf16 noise: two right kernels that round in another order. Ours may be twice that away.
+(``before`` again is the first kernel beside itself: the order of its atomic additions.)
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from fa3_train import reference
 from fa3_train.integrations import policy
 from fa3_train.integrations import torchtitan as titan
+from fa3_train.numerics import assert_as_good
 
 B, L, N, NKV, D = 2, 6, 4, 2, 8
 
@@ -45,36 +46,45 @@ def _base():
     return VarlenAttention
 
 
-def _qkv():
+def _qkv(dtype=torch.float32, lead=(B, L)):
     torch.manual_seed(0)
-    return [torch.randn(B, L, n, D, requires_grad=True) for n in (N, NKV, NKV)]
+    return [torch.randn(*lead, n, D, dtype=dtype, requires_grad=True) for n in (N, NKV, NKV)]
 
 
 DOCUMENTS = torch.tensor([0, 4, 9, 12], dtype=torch.int32)  # across the rows of the batch
+CASES = [((B, L), True), ((B, L), False), ((B * L,), True)]
+
+
+def _definition(leaves, window, packed, dtype):
+    """Output and gradients of sum(out^2) by the formula, evaluated in ``dtype``."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in leaves]
+    if packed:
+        out, _ = reference.attention(
+            *(x.flatten(0, -3) for x in leaves), window_size=window, cu_seqlens_q=DOCUMENTS,
+            cu_seqlens_k=DOCUMENTS, dtype=dtype,
+        )  # fmt: skip
+        out = out.view(*leaves[0].shape)
+    else:
+        out, _ = reference.attention(*leaves, window_size=window, dtype=dtype)
+    return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
 
 
 @pytest.mark.parametrize("window", [(-1, 0), (2, 0), (-1, -1)])
-@pytest.mark.parametrize("packed", [True, False])
-def test_values_and_gradients(window, packed):
-    q, k, v = _qkv()
+@pytest.mark.parametrize(("lead", "packed"), CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_and_gradients(window, lead, packed, dtype):
+    """fp32 tensors are cast to bf16, as torchtitan does, and the output is fp32 again."""
+    leaves = _qkv(dtype, lead)
     module_class = titan.inner_attention(_base())
-    module = module_class(module_class.Config(window_size=window))
+    module = module_class(module_class.Config(window_size=window, backend="reference"))
     masks = Metadata(DOCUMENTS, DOCUMENTS, 5, 5) if packed else None
-    out = module(q, k, v, attention_masks=masks, enable_gqa=True)
-    assert out.shape == (B, L, N, D)
-    if packed:
-        want, _ = reference.attention(
-            *(x.flatten(0, 1) for x in (q, k, v)), window_size=window, cu_seqlens_q=DOCUMENTS,
-            cu_seqlens_k=DOCUMENTS,
-        )  # fmt: skip
-        want = want.view(B, L, N, D)
-    else:
-        want, _ = reference.attention(q, k, v, window_size=window)
-    want = want.float()
-    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
-    got = torch.autograd.grad(out.square().sum(), (q, k, v))
-    for a, b in zip(got, torch.autograd.grad(want.square().sum(), (q, k, v)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    out = module(*leaves, attention_masks=masks, enable_gqa=True)
+    assert out.shape == leaves[0].shape and out.dtype == dtype
+    got = (out, *torch.autograd.grad(out.square().sum(), leaves))
+    truth = _definition(leaves, window, packed, torch.float64)
+    plain = _definition(leaves, window, packed, torch.bfloat16)
+    for name, a, t, b in zip(("out", "dq", "dk", "dv"), got, truth, plain, strict=True):
+        assert_as_good(a, t, b, "out" if name == "out" else "grad", name)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -106,6 +116,11 @@ def test_use_in_sets_every_layer_and_keeps_the_window():
     assert titan.use_in(types.SimpleNamespace(layers=layers), base) == 2
     windows = [layer.attention.inner_attention.window_size for layer in layers]
     assert windows == [(-1, 0), (128, 0)]
+    kinds = {type(layer.attention.inner_attention).__mro__[1] for layer in layers}
+    assert kinds == {base.Config}  # code that asks for a varlen attention finds one
+    flex = types.SimpleNamespace(attention=types.SimpleNamespace(inner_attention=object()))
+    with pytest.raises(policy.UnsupportedRequest, match="must be a varlen attention, got object"):
+        titan.use_in(types.SimpleNamespace(layers=[flex]), base)
     with pytest.raises(ValueError, match="must have layers"):
         titan.use_in(types.SimpleNamespace(layers=[]), base)
 
@@ -118,4 +133,58 @@ def test_other_masks_are_refused():
     q, k, v = _qkv()
     with pytest.raises(policy.UnsupportedRequest, match="VarlenMetadata.*got dict"):
         titan.varlen_attention(q, k, v, {"flex": 1})
-    assert "paged" in titan.supports(block_table=torch.zeros(1))
+    with pytest.raises(policy.UnsupportedRequest, match="packed tokens.*got None"):
+        titan.varlen_attention(*(x.flatten(0, 1) for x in (q, k, v)))
+    masks = Metadata(DOCUMENTS, DOCUMENTS, 5, 5)
+    assert "block_table" in titan.supports(attention_masks=masks, block_table=torch.zeros(1))
+    assert titan.supports(attention_masks=masks, enable_gqa=True, score_mod=None) is None
+
+
+def test_a_model_of_the_real_package(monkeypatch):
+    """Its Llama-3 with our converter beside its own varlen attention, which on the CPU runs on our
+    kernels too, but through torch's flash operators and its own code."""
+    pytest.importorskip("torchtitan.protocols.model")
+    from torch.nn import attention
+    from torchtitan.models.llama3 import model_registry
+
+    from fa3_train.integrations import torch_flash
+
+    settings = {"attn_backend": "varlen"}
+    converters = [titan.converter().Config(backend="reference")]
+    built = []
+    for extra in ({}, {"converters": converters}):
+        model = model_registry("debugmodel", **settings, **extra).model.build()
+        torch.manual_seed(0)
+        model.init_weights(buffer_device=torch.device("cpu"))
+        built.append(model)
+    ours = built[1].layers["0"].attention.inner_attention
+    assert type(ours).__name__ == "Fa3Attention"
+    tokens = torch.randint(0, 2000, (14,))
+    positions = torch.cat([torch.arange(n) for n in (9, 1, 4)])
+    attention.activate_flash_attention_impl(
+        torch_flash.register(backend="reference", dispatch_key="CPU")
+    )
+    try:
+        results = []
+        for model in built:
+            masks = model.get_attention_masks(positions)
+            logits = model(tokens, attention_masks=masks, positions=positions)
+            logits.square().mean().backward()
+            results.append((logits, [p.grad for p in model.parameters()]))
+    finally:
+        attention.restore_flash_attention_impl()
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * float(a.abs().max() + 1e-6))
+
+
+def test_save_list_of_the_real_package():
+    ac = pytest.importorskip("torchtitan.distributed.activation_checkpoint")
+
+    class SaveAttention(ac.SelectiveAC):
+        def get_save_ops(self):
+            return super().get_save_ops() | titan.save_ops()
+
+    saved = SaveAttention(SaveAttention.Config()).get_save_ops()
+    assert torch.ops.fa3_train.attn_fwd.default in saved
+    assert saved > ac.SelectiveAC(ac.SelectiveAC.Config()).get_save_ops()
