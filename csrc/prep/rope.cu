@@ -146,6 +146,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __gr
                   (first + lane_head) * tensor.out_head;
       first = 0;
       Chunk<In> a[kAhead], b[kAhead];
+      if (!pair) {  // what register b would hold instead turns the single chunk into NaN: s is 0, 0 * NaN is not
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) b[i] = Chunk<In>{};
+      }
       auto load = [&](int h) {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {

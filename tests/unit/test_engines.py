@@ -10,7 +10,7 @@ from torch import nn
 from fa3_train.numerics import assert_as_good
 from fa3_train.train.config import ConfigError, OptimizerSection
 from fa3_train.train.engines.base import BLOCKED, LOSS, NORM, STATUS_SIZE
-from fa3_train.train.engines.deepspeed_engine import deepspeed_config
+from fa3_train.train.engines.deepspeed_engine import architectures, deepspeed_config
 from fa3_train.train.engines.gradients import GradientBuckets
 from fa3_train.train.engines.optimizer import GuardedAdamW, decay_groups, sum_of_squares
 from fa3_train.train.engines.torch_engine import TorchEngine
@@ -136,6 +136,40 @@ def test_fused_sums_are_fp32_and_whole(policy):
     assert not hasattr(layer.mlp.mlp.down_proj.weight, "main_grad")
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_fused_sums_of_embedding_and_head(tied):
+    """The whole model: rows of the embedding, scaled sums of the head; a tied one the old way."""
+    from fa3_train.models import ModelConfig, TransformerLM
+
+    torch.manual_seed(4)
+    small = ModelConfig(
+        vocab_size=61, hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16,
+        ffn_hidden_size=48, max_seq_len=32, tie_embeddings=tied, attention_backend="reference",
+    )  # fmt: skip
+    model = TransformerLM(small).bfloat16()
+    exact = TransformerLM(small)
+    exact.load_state_dict(model.state_dict())
+    buckets = GradientBuckets(list(model.named_parameters()), 1)
+    buckets.fuse(model)
+    assert model.head.fuse_wgrad_accumulation == model.embedding.fuse_wgrad_accumulation
+    assert model.head.fuse_wgrad_accumulation != tied
+    data = [torch.randint(0, 61, (2, 24)) for _ in range(2)]
+    for _ in range(2):
+        for index, tokens in enumerate(data):
+            buckets.begin(first=index == 0, last=index == 1)
+            (3 * model(tokens[0], tokens[1])).backward()
+            buckets.expect(first=index == 1)
+        buckets.finish()
+    for tokens in data:
+        (3 * exact(tokens[0], tokens[1])).backward()
+    for (name, param), view in zip(model.named_parameters(), buckets.views, strict=True):
+        truth = dict(exact.named_parameters())[name].grad
+        assert param.grad is None
+        assert (view - truth).norm() < 0.03 * truth.norm(), name
+    buckets.close()
+    assert not any(hasattr(p, "main_grad") for p in model.parameters())
+
+
 def test_fused_weights_are_missed_too():
     from fa3_train.modules.accumulate import Linear
 
@@ -235,6 +269,20 @@ def test_broken_launcher_environment(tmp_path, monkeypatch, env, says):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=says):
         start_world(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("listed", "understood"),
+    [
+        (None, "9.0"),
+        ("", "9.0"),
+        ("9.0a", "9.0"),
+        ("8.0;9.0a+PTX", "8.0;9.0+PTX"),
+        ("8.6 10.0f 9.0", "8.6 10.0 9.0"),
+    ],
+)
+def test_architectures_are_numbers_for_deepspeed(listed, understood):
+    assert architectures(listed) == understood
 
 
 def test_no_gpu_is_said(tmp_path):

@@ -21,6 +21,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ from fa3_train.train.engines.base import BLOCKED, LOSS, NORM, Engine
 from fa3_train.train.engines.optimizer import GuardedAdamW, decay_groups, sum_of_squares
 from fa3_train.train.engines.world import World
 
-__all__ = ["DeepSpeedEngine", "deepspeed_config"]
+__all__ = ["DeepSpeedEngine", "architectures", "deepspeed_config"]
 
 _TAG = "deepspeed"  # name of the one folder inside our checkpoint folder
 
@@ -207,11 +208,15 @@ class DeepSpeedEngine(Engine):
             )
         if path is None:
             raise RuntimeError(f"DeepSpeed found no checkpoint under {folder}")
-        # They are the config's, as for engine=torch; and from the universal layout all groups get
-        # the weight decay of the first.
+        # The universal layout hands all groups the weight decay of the first, and all of them one
+        # and the same step counter (which every group's update would count up).
         groups = self.engine.optimizer.param_groups
         for group, ours in zip(groups, self._hyperparameters, strict=True):
             group.update(ours)
+        states = self._guarded.state.values() if self._guarded is not None else ()
+        for state in states:
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].to(self.world.device, copy=True)
 
     @property
     def _has_no_shards(self) -> bool:
@@ -269,8 +274,8 @@ def _as_norm(value: Any) -> float | torch.Tensor:
 def _import_deepspeed(config: TrainConfig, world: World) -> Any:
     """Import deepspeed for this device and adopt the process group; ConfigError if missing."""
     if world.device.type == "cuda":
-        # Its JIT builds cannot parse the '9.0a' that a Hopper build of torch may report.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0")
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(listed)
     try:
         import deepspeed
     except ImportError as error:
@@ -294,6 +299,12 @@ def _import_deepspeed(config: TrainConfig, world: World) -> Any:
             verbose=False,
         )
     return deepspeed
+
+
+def architectures(listed: str | None) -> str:
+    """TORCH_CUDA_ARCH_LIST for DeepSpeed's JIT builds, which read "9.0a" (what images for Hopper
+    set) as a number and fail: without letters, "9.0" where nothing is listed."""
+    return re.sub(r"(\d+\.\d+)[a-z]+", r"\1", listed) if listed else "9.0"
 
 
 def _fused_adam(groups: list[dict[str, Any]], config: TrainConfig, world: World) -> Any:
