@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fa3_train.models.config import ModelConfig
+from fa3_train.modules.accumulate import Embedding
 from fa3_train.modules.layer import TransformerLayer
 from fa3_train.modules.loss import LMHead
 from fa3_train.modules.norm import RMSNorm
@@ -58,7 +59,7 @@ class TransformerLM(nn.Module):
                 layer.compile()
 
     def _build(self, config: ModelConfig) -> None:
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             TransformerLayer(
                 config.hidden_size, config.ffn_hidden_size, config.num_heads, config.num_kv_heads,
@@ -136,6 +137,12 @@ class TransformerLM(nn.Module):
                 f"a sequence has {longest} tokens, more than model.max_seq_len="
                 f"{self.config.max_seq_len} (the RoPE table ends there)"
             )
+        if cu_seqlens is not None and cu_seqlens.shape[0] == 2 and max_seqlen == tokens.shape[0]:
+            # One document as long as the row: dense kernels need no plan of lengths. (Should it end
+            # before the row does, causal rows before its end still see nothing past it.)
+            rows = [None if t is None else t[None] for t in (tokens, labels, position_ids)]
+            result = self.forward(rows[0], rows[1], position_ids=rows[2])
+            return result if labels is not None else result[0]
         if cu_seqlens is not None and position_ids is None:
             position_ids = document_positions(cu_seqlens, tokens.shape[0])
         self.rope.tables(tokens.device)  # outside of the compiled layers

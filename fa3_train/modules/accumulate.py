@@ -1,4 +1,13 @@
-"""Weight gradients that are summed in FP32 by the GEMM that makes them."""
+"""Weight gradients that are summed in FP32 by the operation that makes them.
+
+An engine that accumulates gradients in FP32 sets `fuse_wgrad_accumulation` on modules that have it.
+Their backward then leaves `weight.grad` alone and writes into `weight.main_grad`, FP32 of the
+weight's shape: over what is there where `weight.overwrite_main_grad`, else adding to it; then it
+calls `weight.main_grad_ready()`. (Names as in Megatron-LM and TransformerEngine, whose modules take
+part in the same way.) That saves writing and reading every gradient in 16 bits, and its rounding;
+for an embedding, a matrix that is zero but for the rows of this batch's tokens. A module that is
+fused may be used once in a forward, and shares its weight with no other.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +20,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Linear(nn.Linear):
-    """A linear map without bias that can sum its weight's gradient in FP32 as the GEMM writes it.
-
-    Off (the default), it is `nn.Linear`. With `fuse_wgrad_accumulation` set by an engine, the
-    backward leaves `weight.grad` alone and writes the product into `weight.main_grad`, FP32 of the
-    weight's shape: over it where `weight.overwrite_main_grad`, else added; then it calls
-    `weight.main_grad_ready()`. (Names as in Megatron-LM and TransformerEngine, whose modules take
-    part in the same way.) That saves writing and reading the gradient in 16 bits, and its rounding.
-    The module may be used once in a forward.
-    """
+    """`nn.Linear` without bias whose GEMM can sum the weight's gradient in FP32."""
 
     fuse_wgrad_accumulation = False
 
@@ -27,14 +28,13 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fuses = self.fuse_wgrad_accumulation and torch.is_grad_enabled()
-        if fuses and not torch.compiler.is_compiling():
-            out: torch.Tensor = _Accumulating.apply(x, self.weight)
+        if _fuses(self):
+            out: torch.Tensor = _Product.apply(x, self.weight)
             return out
         return F.linear(x, self.weight)
 
 
-class _Accumulating(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
@@ -54,6 +54,61 @@ class _Accumulating(torch.autograd.Function):
         )
         parameter.main_grad_ready()
         return dx, None
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` whose gradient can be summed in FP32, row by row where tokens are."""
+
+    fuse_wgrad_accumulation = False
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if _fuses(self):
+            out: torch.Tensor = _Lookup.apply(tokens, self.weight)
+            return out
+        return super().forward(tokens)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.parameter = weight
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[None, None]:
+        (tokens,) = ctx.saved_tensors
+        parameter = ctx.parameter
+        if parameter.overwrite_main_grad:
+            parameter.main_grad.zero_()
+        rows = dout.reshape(-1, dout.shape[-1])
+        parameter.main_grad.index_add_(0, tokens.reshape(-1), rows.float())
+        parameter.main_grad_ready()
+        return None, None
+
+
+def _fuses(module: Any) -> bool:
+    """Whether a module's call takes part: an engine asked for it, and there will be a backward."""
+    return bool(
+        module.fuse_wgrad_accumulation
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def add_scaled(
+    total: torch.Tensor, gradient: torch.Tensor, factor: torch.Tensor, *, overwrite: bool
+) -> None:
+    """total += factor * gradient, or total = factor * gradient; all FP32, factor 0-dim."""
+    if total.is_cuda:
+        from fa3_train.modules import _scaled_sum_triton
+
+        _scaled_sum_triton.run(total, gradient, factor, overwrite)
+    elif overwrite:
+        torch.mul(gradient, factor, out=total)
+    else:
+        total.addcmul_(gradient, factor)
 
 
 def add_product(

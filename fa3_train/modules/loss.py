@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from fa3_train.modules import _cross_entropy
-from fa3_train.modules.accumulate import add_product
+from fa3_train.modules.accumulate import add_product, add_scaled
 
 # One chunk's logits, in elements: 2^28 is 0.5 GiB in bf16, 2048 tokens of Llama 3.  Large chunks
 # amortise the read and write of the FP32 dW (V * hidden * 8 bytes a chunk); on an H200 chunks of
@@ -39,7 +39,7 @@ def default_chunk(vocab_size: int, device: torch.device) -> int:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, ignore_index, chunk, want_x, want_weight):
+    def forward(ctx, x, weight, labels, ignore_index, chunk, want_x, want_weight, owner):
         count = (labels != ignore_index).sum()
         # Without a single label the loss is 0 and so are the gradients (0/0 otherwise).
         scale = count.clamp(min=1).to(torch.float32).reciprocal()
@@ -65,6 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             del logits, dlogits
         ctx.save_for_backward(grad_x, grad_weight, scale)
         ctx.weight_dtype = weight.dtype
+        ctx.owner = owner  # sums its own gradient, see accumulate.py; None: returned to autograd
         return total * scale
 
     @staticmethod
@@ -75,11 +76,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_x is not None:
             # In FP32: a 0-dim factor would be rounded to the dtype of grad_x first.
             grad_x = (grad_x.float() * factor).to(grad_x.dtype)
-        if grad_weight is not None:
+        owner = ctx.owner
+        if grad_weight is not None and owner is not None:
+            add_scaled(owner.main_grad, grad_weight, factor, overwrite=owner.overwrite_main_grad)
+            owner.main_grad_ready()
+            grad_weight = None
+        elif grad_weight is not None:
             # Rounded as it is written: no second FP32 matrix of that size.
             out = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
             grad_weight = torch.mul(grad_weight, factor, out=out)
-        return grad_x, grad_weight, None, None, None, None, None
+        return grad_x, grad_weight, *(None,) * 6
 
 
 def chunked_cross_entropy(
@@ -89,11 +95,13 @@ def chunked_cross_entropy(
     *,
     ignore_index: int = -100,
     chunk_tokens: int = 0,
+    accumulates: bool = False,
 ) -> torch.Tensor:
     """Mean cross-entropy of `x @ weight.T` over the labels that are not `ignore_index`.
 
     x (..., hidden), weight (vocab, hidden), labels (...) int64 -> FP32 scalar; 0 where no label
-    counts. `chunk_tokens` 0 chooses a chunk from the vocabulary. Differentiable once, in x and
+    counts. With `accumulates` the weight's gradient goes to `weight.main_grad` (accumulate.py).
+    `chunk_tokens` 0 chooses a chunk from the vocabulary. Differentiable once, in x and
     weight. A label outside [0, vocab) that is not ignore_index is undefined behaviour, as for an
     index on CUDA.
     """
@@ -120,6 +128,7 @@ def chunked_cross_entropy(
         return _ChunkedCrossEntropy.apply(
             flat, cast_weight, labels.reshape(-1), ignore_index, chunk,
             grads and flat.requires_grad, grads and cast_weight.requires_grad,
+            weight if accumulates else None,
         )
 
 
@@ -132,6 +141,8 @@ class LMHead(nn.Module):
     `weight`.
     """
 
+    fuse_wgrad_accumulation = False  # see accumulate.py
+
     def __init__(self, hidden_size: int, vocab_size: int, *, chunk_tokens: int = 0) -> None:
         super().__init__()
         self.chunk_tokens = chunk_tokens
@@ -140,7 +151,10 @@ class LMHead(nn.Module):
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         if labels is None:
             return nn.functional.linear(x, self.weight)
-        return chunked_cross_entropy(x, self.weight, labels, chunk_tokens=self.chunk_tokens)
+        return chunked_cross_entropy(
+            x, self.weight, labels, chunk_tokens=self.chunk_tokens,
+            accumulates=self.fuse_wgrad_accumulation and torch.is_grad_enabled(),
+        )
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"

@@ -342,3 +342,29 @@ def test_importing_the_model_needs_no_optional_package():
         "& set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("end", [40, 33])
+def test_one_document_goes_dense(monkeypatch, end):
+    """The same numbers as through the packed ops, also where the row goes on after the document."""
+    from fa3_train.modules import attention
+
+    model = small()
+    tokens, labels = torch.randint(0, 101, (2, 40))
+    labels[end:] = -100
+    positions = torch.arange(40, dtype=torch.int32)
+    parameters = list(model.parameters())
+
+    def results(borders):
+        cu = torch.tensor(borders, dtype=torch.int32)
+        common = {"position_ids": positions, "cu_seqlens": cu, "max_seqlen": 40}
+        loss = model(tokens, labels, **common)
+        logits = model(tokens, **common)
+        return [loss, logits[:end], *torch.autograd.grad(loss, parameters)]
+
+    packed = results([0, 0, end])  # an empty document keeps it packed
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", None)
+    dense = results([0, end])
+    assert dense[1].shape == (end, 101)
+    for a, b in zip(dense, packed, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)

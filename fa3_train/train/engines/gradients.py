@@ -7,14 +7,16 @@ parameter's bf16 gradient is added into its slice of an fp32 bucket as soon as a
 so communication overlaps the rest of the backward, as in DDP. One process uses the same buckets
 without the all-reduce.
 
-On CUDA, linear maps that can (ours and TransformerEngine's) let their GEMM write the FP32 slice
-itself, over it in a step's first micro-batch and adding in the others (`fuse`): the gradient is
-never rounded to bf16, nor written and read as such.
+On CUDA, the modules with large weights (our linear maps, embedding and head, TransformerEngine's
+linear maps) write the FP32 slice themselves, over it in a step's first micro-batch and adding in
+the others (`fuse`, modules/accumulate.py): the gradient is never rounded to bf16, nor written and
+read as such.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,14 +92,15 @@ class GradientBuckets:
                     bucket.flat.div_(self.world_size)
 
     def fuse(self, model: nn.Module) -> None:
-        """Let the GEMMs of `model`'s linear maps write into the buckets."""
+        """Let the modules of `model` that can write their weights' gradients into the buckets."""
         index_of = {id(param): index for index, param in enumerate(self.params)}
+        holders = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
         for module in model.modules():
             if not hasattr(module, "fuse_wgrad_accumulation"):
                 continue
             weights = [p for p in module.parameters(recurse=False) if p.dim() == 2]
-            if not all(id(weight) in index_of for weight in weights):
-                continue  # frozen: no slice
+            if not all(id(p) in index_of and holders[id(p)] == 1 for p in weights):
+                continue  # frozen: no slice; tied: two gradients
             for weight in weights:
                 index = index_of[id(weight)]
                 shared: Any = weight
