@@ -71,6 +71,7 @@ _100M = (
     "run.eval_every=100",
     "run.eval_batches=16",
 )
+_HALF_BATCH = ("data.micro_batch=2", "data.global_batch=2")  # as many tokens in twice the steps
 _HOPPER = ("attention=hopper",)
 _FP8 = ("attention=fp8", "attention.backend=hopper")
 # Their gradient is taken at the codes; the product's at its 16-bit inputs.
@@ -120,7 +121,7 @@ SUITES = {
     ),
     "deepspeed": Suite(
         "100M Llama, DeepSpeed ZeRO 1 + FusedAdam: killed and resumed",
-        (*_100M, "run.steps=2000", "engine=deepspeed", "engine.optimizer=fused_adam"),
+        (*_100M, *_HALF_BATCH, "run.steps=2000", "engine=deepspeed", "engine.optimizer=fused_adam"),
         # Deterministic, so that the second life can be held against the first bit by bit. The
         # FP8 attention has no such mode: its dQ is added with atomics.
         (Series("bf16", (*_HOPPER, "attention.deterministic=true")), Series("fp8", _FP8)),
