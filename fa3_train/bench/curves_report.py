@@ -84,13 +84,16 @@ def _yes(value: bool | None) -> str:
 
 
 def as_record(run: Run) -> dict[str, Any]:
-    """A run in the result file: no paths of the scratch folder."""
-    words = [w for w in run.command[2:] if not w.startswith("run.dir=")]
+    """A run in the result file, without the paths of this machine."""
+    import torch
+
+    packages = str(Path(torch.__file__).parent.parent)
+    words = [w.replace(packages, "...") for w in run.command[2:] if not w.startswith("run.dir=")]
     return {
         "series": run.series,
         "seed": run.seed,
         "command": "python -m " + " ".join(words),
-        "text": run.info.get("data"),
+        "text": str(run.info.get("data")).replace(packages, "..."),
         "parameters": run.info.get("parameters"),
         "tokens_per_step": run.info.get("tokens_per_step"),
         "step_ms": run.step_ms,
