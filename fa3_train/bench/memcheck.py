@@ -95,8 +95,8 @@ def _cases() -> Iterator[Case]:
         turn["cos"], turn["sin"] = rope_tables(dim, 256, device="cuda")
         shapes = ((2, 203, 4, dim), (2, 203, 2, dim), dim)
         for two_level, gradient in ((True, "inputs"), (False, "codes")):
-            how: dict[str, Any] = {"two_level": two_level, "gradient": gradient}
-            one = partial(_forward_backward, dense, *shapes, **how, **turn)
+            options = {**turn, "two_level": two_level, "gradient": gradient}
+            one = partial(_forward_backward, dense, *shapes, **options)
             yield f"fp8 d{dim} 203 causal, two_level {two_level}, gradient at {gradient}", one
         shapes = ((total, 4, dim), (total, 2, dim), dim)
         packed = partial(_forward_backward, varlen, *shapes, *packing, **turn)
