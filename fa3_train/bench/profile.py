@@ -45,6 +45,7 @@ COMPONENTS: tuple[tuple[str, str], ...] = (
     ("attention forward", r"attn_fwd_kernel|attn_varlen_order|fp8_(fwd|plan)_|flash_fwd|fprop"),
     ("rope and quantize", r"rope_kernel|token_kernel|block_kernel|mma_kernel|dequantize_kernel"),
     ("cross-entropy", r"_row_kernel|softmax"),
+    ("gradient sums", r"_scaled_sum|index_add|indexFunc|sum_and_scatter|compute_grad_weight"),
     ("swiglu", r"swiglu|dgated|gated_act|silu"),
     ("norm", r"rms_?norm|layer_?norm|RMSNorm|LayerNorm|ln_(fwd|bwd)|GammaBeta"),
     ("fp8 casts", r"transformer_engine.*(cast|transpose|amax|quantize|scale)"),
@@ -77,6 +78,11 @@ class _Ranges:
         for spans in self._spans.values():
             spans.sort()
 
+    def begin_of_last(self, name: str, count: int) -> float:
+        """Start of the last ``count`` ranges of a name; -inf where there are fewer."""
+        spans = self._spans.get(name, [])
+        return spans[-count][0] if len(spans) >= count else float("-inf")
+
     def at(self, moment: float) -> str:
         for name in ("head", "forward", "backward", "optimizer"):
             spans = self._spans.get(name, [])
@@ -87,12 +93,17 @@ class _Ranges:
 
 
 def analyse(events: list[dict[str, Any]], steps: int) -> dict[str, Any]:
-    """GPU milliseconds of one step from the events of a Chrome trace of ``steps`` steps.
+    """GPU milliseconds of one step from the events of a Chrome trace.
+
+    Looks at the last ``steps`` ranges "fa3:step": the profiler's own start falls into an earlier
+    one. Where kernels overlap (a dependent launch waits on the GPU for the one before it), the time
+    belongs to the one that began first, so that components and idle time add up to the window.
 
     Returns {"window_ms", "busy_ms", "idle_ms", "components": {component: {phase: ms}},
     "kernels": [the longest, with name, phase, component, ms and calls]}.
     """
     ranges = _Ranges(events)
+    begin = ranges.begin_of_last("step", steps)
     launched = {
         event["args"]["correlation"]: event["ts"]
         for event in events
@@ -100,22 +111,24 @@ def analyse(events: list[dict[str, Any]], steps: int) -> dict[str, Any]:
     }
     table: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     kernels: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
-    spans = []
-    for event in events:
-        if event.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    device = sorted((e for e in events if e.get("cat") in kinds), key=lambda e: float(e["ts"]))
+    busy, first, end = 0.0, None, float("-inf")
+    for event in device:
+        moment = launched.get(event["args"].get("correlation"), float("-inf"))
+        if moment < begin:
             continue
-        ms = event["dur"] / 1e3
-        phase = ranges.at(launched.get(event["args"].get("correlation"), -1.0))
-        table[component_of(event["name"])][phase] += ms / steps
-        entry = kernels[event["name"], phase]
-        entry[0] += ms / steps
-        entry[1] += 1
-        spans.append((event["ts"], event["ts"] + event["dur"]))
-    busy, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        busy += max(0.0, stop - max(start, end))
+        start, stop = event["ts"], event["ts"] + event["dur"]
+        first = start if first is None else first
+        own = max(0.0, stop - max(start, end))
         end = max(end, stop)
-    window = (end - min(s for s, _ in spans)) if spans else 0.0
+        busy += own
+        phase = ranges.at(moment)
+        table[component_of(event["name"])][phase] += own / 1e3 / steps
+        entry = kernels[event["name"], phase]
+        entry[0] += own / 1e3 / steps
+        entry[1] += 1
+    window = end - first if first is not None else 0.0
     longest = sorted(kernels.items(), key=lambda item: -item[1][0])[:40]
     return {
         "window_ms": window / 1e3 / steps,
@@ -147,22 +160,33 @@ def needed(
     full = model.activation_checkpointing == "full"
     fp8_attention = model.attention_precision == "fp8"
     forward = 2.0 * core * (2 if full else 1)
-    wide = (2 * layers * (1 + again) + 1, 2 * layers + 1)  # norms: forward, backward
-    parameters = model.num_parameters()
-    return {
+    parameters, table = model.num_parameters(), model.embedding_parameters()
+    stream = 2.0 * t * h  # one pass over the residual stream
+    if model.linear == "torch":  # norms that add the residual, and its gradient
+        norms, adds = 6 * (1 + again) + 8, 3 * (1 + again)
+    else:
+        norms, adds = 4 * (1 + again) + 6, 3 * (2 * (1 + again) + 2)
+    work = {
         "gemm, layers": (0.0 if fp8 else linears, linears if fp8 else 0.0, 0.0),
         "gemm, head": (6.0 * model.embedding_parameters() * t, 0.0, 0.0),
         "attention forward": (0.0 if fp8_attention else forward, forward * fp8_attention, 0.0),
         "attention backward": (5.0 * core, 0.0, 0.0),
         "rope and quantize": (0.0, 0.0, 2.0 * (2 + again) * 2 * t * rotated * layers),
-        "norm": (0.0, 0.0, 2.0 * t * h * (2 * wide[0] + 3 * wide[1])),
+        "norm": (0.0, 0.0, stream * (layers * norms + 5)),
         "swiglu": (0.0, 0.0, 2.0 * t * f * layers * (3 * (1 + again) + 5)),
         "cross-entropy": (0.0, 0.0, 2.0 * 3 * t * model.vocab_size),
-        OTHER: (0.0, 0.0, 2.0 * 3 * t * h * 2 * layers * (2 + again)),
-        "copies": (0.0, 0.0, parameters * (6.0 + 10.0 * (accumulation - 1))),
+        OTHER: (0.0, 0.0, stream * layers * adds),
+        # The head's gradient is scaled into the FP32 sums; the embedding's are cleared, and hit in
+        # the rows of the batch's tokens.
+        "gradient sums": (0.0, 0.0, table * (8.0 + 12.0 * (accumulation - 1))),
+        "copies": (0.0, 0.0, table * 4.0),
         # AdamW reads four FP32 numbers and writes three; the norm reads one; a bf16 copy.
         "optimizer": (0.0, 0.0, parameters * (28.0 + 4.0 + 2.0)),
     }
+    if fp8:  # there they read and write FP8 in ways of TransformerEngine's own
+        for name in ("norm", "swiglu"):
+            del work[name]
+    return work
 
 
 def ceilings() -> dict[str, float]:
@@ -284,7 +308,7 @@ def _annotate(trainer: Trainer) -> None:
 
 def take(words: list[str], warmup: int, steps: int, trace: Path) -> dict[str, Any]:
     """Profile ``steps`` steps of the run that ``words`` describe into ``trace``."""
-    total = warmup + steps + 1
+    total = warmup + steps + 2
     fixed = ["checkpoint=none", "run.eval_batches=0", "logging=quiet", "logging.attention_every=0",
              f"run.steps={total}", f"logging.every={total}"]  # fmt: skip
     last = {word.split("=", 1)[0]: word for word in [*words, *fixed]}
@@ -309,13 +333,14 @@ def take(words: list[str], warmup: int, steps: int, trace: Path) -> dict[str, An
 
         trainer.meter.count = counting  # type: ignore[method-assign]
         with torch.profiler.profile(activities=kinds) as profiler:
-            for _ in range(steps):
-                trainer.advance()
+            for _ in range(steps + 1):
+                with torch.profiler.record_function("fa3:step"):
+                    trainer.advance()
             torch.cuda.synchronize()
         profiler.export_chrome_trace(str(trace))
         trainer.logger.close()
         accumulation, model = trainer.engine.accumulation, config.model_config()
-    tokens, sum_sq = (value // steps for value in counted)
+    tokens, sum_sq = (value // (steps + 1) for value in counted)
     return {
         "what": "profile", "machine": machine(), "words": list(last.values()),
         "ceilings": limits, "tokens": tokens, "sum_sq": sum_sq, "accumulation": accumulation,

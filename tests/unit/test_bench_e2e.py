@@ -40,6 +40,11 @@ def _event(kind, name, start, length, **args):
 
 
 EVENTS = [
+    _event("user_annotation", "fa3:step", -500, 400),
+    _event("user_annotation", "fa3:step", 0, 90),
+    _event("user_annotation", "fa3:step", 90, 90),
+    _event("cuda_runtime", "cudaLaunchKernel", -300, 1, correlation=9),
+    _event("kernel", "nvjet_a", 100, 400, correlation=9),  # of a step that is not looked at
     _event("user_annotation", "fa3:forward", 0, 100),
     _event("user_annotation", "fa3:head", 60, 30),
     _event("user_annotation", "fa3:backward", 110, 50),
@@ -61,8 +66,11 @@ def test_profile_by_component_and_phase():
     assert got["busy_ms"] == pytest.approx((400 + 1000 + 100) / 2e3)
     assert got["idle_ms"] == pytest.approx(got["window_ms"] - got["busy_ms"])
     assert got["components"]["gemm"] == pytest.approx({"forward": 0.2, "head": 0.3})
-    assert got["components"]["attention backward"] == pytest.approx({"backward": 0.25})
+    assert got["components"]["attention backward"] == pytest.approx({"backward": 0.2})
     assert got["components"]["copies"] == pytest.approx({"between": 0.05})
+    assert sum(sum(p.values()) for p in got["components"].values()) == pytest.approx(
+        got["busy_ms"]
+    )
     assert got["kernels"][0]["phase"] == "head" and got["kernels"][0]["calls"] == 0.5
 
 
