@@ -260,7 +260,7 @@ class Checkpointer:
         assert manifest is not None
         self._check_fits(path, manifest)
         try:
-            self.engine.load(path / "state")
+            self.engine.load(path / "state", manifest.world_size)
             if manifest.world_size == self.world.size:
                 self._load_rank_file(path)
         except (Exception, CheckpointException) as error:
@@ -287,20 +287,12 @@ class Checkpointer:
                 f"{path} belongs to another model: "
                 + _first_difference(manifest.parameters, self.engine.shapes)
             )
-        if not self.engine.reshards:
-            if manifest.world_size != self.world.size:
+        for key in self.engine.bound_to:
+            if theirs.get(key) != ours.get(key):
                 raise CheckpointError(
-                    f"{path} was written by {manifest.world_size} ranks and this run has "
-                    f"{self.world.size}: DeepSpeed's ZeRO state loads only at the same world size. "
-                    f"Run with {manifest.world_size} ranks, or convert it with DeepSpeed's "
-                    "ds_to_universal"
+                    f"{path} was written with {key}={theirs.get(key)}, this run has "
+                    f"{key}={ours.get(key)}"
                 )
-            for key in ("zero_stage", "compute"):
-                if theirs.get(key) != ours.get(key):
-                    raise CheckpointError(
-                        f"{path} was written with {key}={theirs.get(key)}, this run has "
-                        f"{key}={ours.get(key)}"
-                    )
 
 
 def _first_difference(theirs: dict[str, list[int]], ours: dict[str, list[int]]) -> str:

@@ -7,6 +7,7 @@
         rank_00000.pt         what belongs to one rank: random number generators, FP8 amax histories
       .step_00000200.partial  being written, or left over from a kill; never looked at
       .step_00000050.old      being deleted
+      .step_00000100.universal  DeepSpeed's layout for another number of ranks, while one resumes
 
 A kill at any moment leaves either the old set of complete checkpoints or the new one: the folder
 is written under its partial name, all files and folders are fsynced, the manifest comes last, and
@@ -174,7 +175,7 @@ def remove_leftovers(directory: Path) -> None:
     """Delete what earlier kills left behind; only one run may use a folder at a time."""
     if directory.is_dir():
         for path in directory.iterdir():
-            if path.name.startswith(".step_") and path.suffix in (".partial", ".old"):
+            if path.name.startswith(".step_") and path.suffix in (".partial", ".old", ".universal"):
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import environment, launch, loss_tensor, losses, torchrun, words
 
-from fa3_train.numerics import assert_as_good
+from fa3_train.numerics import AGREEMENT, assert_as_good, relative_rms_error
 from fa3_train.train import checkpoint_files as files
 
 pytestmark = pytest.mark.distributed
@@ -87,13 +87,20 @@ def test_sharded_checkpoint_continues_elsewhere(finished, tmp_path, strategy):
     assert_as_good(loss_tensor(folder), truth, what="same", name="loss")
 
 
-def test_zero_refuses_another_world_size(finished, tmp_path):
-    folder = cut_copy(finished("zero3"), tmp_path / "run")
-    done = launch(["python", "-m", "fa3_train", *words(folder, *ENGINES["zero3"][1])])
-    assert done.returncode == 1
-    assert "was written by 2 ranks and this run has 1" in done.stderr
-    assert "ds_to_universal" in done.stderr
-    assert steps_of(folder) == [2]
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_zero_continues_on_another_world_size(finished, tmp_path, name):
+    """Two ranks' ZeRO files, by way of DeepSpeed's universal layout, in one process."""
+    folder = cut_copy(finished(name), tmp_path / "run")
+    arguments = {w.split("=")[0]: w for w in words(folder, *ENGINES[name][1])}
+    done = launch(["python", "-m", "fa3_train", *arguments.values()])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert steps_of(folder) == [6, 4, 2]
+    assert not list((folder / "checkpoints").glob(".*"))
+    ours, truth = loss_tensor(folder), loss_tensor(finished(name)).double()
+    if name == "zero3":
+        assert_as_good(ours, truth, what="same", name="loss")
+    else:  # bf16: the same sums in another order are rounded otherwise
+        assert relative_rms_error(ours, truth) < AGREEMENT / 10
 
 
 def test_zero_refuses_another_stage(finished, tmp_path):
