@@ -12,6 +12,7 @@ gradients   dq, dk and dv, see bench/error_gradients.py
 
 On a Hopper GPU every FP8 row runs the kernel, so rounding, block order and accumulator are its
 own; elsewhere fa3_train.reference_fp8 emulates it (exact accumulation, so no single-level rows).
+The first two tables are means over several draws, with the lowest and the highest RMSE behind.
 Columns: RMSE against fp64 on the original inputs, the same relative to the RMS of the truth, the
 part of it that rounding the inputs costs, and what the attention adds (against fp64 on the
 quantized inputs).
@@ -68,15 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--long", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--draws", type=int, default=8, help="outliers and drift: draws with seeds from --seed on"
+    )
     parser.add_argument("--out", help="write OUT.json")
 
 
 # ---- data ------------------------------------------------------------------------------------
 
 
-def outlier_data(args: argparse.Namespace, drift: bool) -> list[Tensor]:
+def outlier_data(args: argparse.Namespace, drift: bool, draw: int = 0) -> list[Tensor]:
     """q, k, v fp64 (1, S, H, D)."""
-    generator = torch.Generator(args.device).manual_seed(args.seed)
+    generator = torch.Generator(args.device).manual_seed(args.seed + draw)
     shape = (1, args.seqlen, args.heads, args.head_dim)
     xs = [numerics.outlier_normal(*shape, generator=generator, device=args.device) for _ in "qkv"]
     if not drift:
@@ -200,18 +204,52 @@ def sixteen_bit_row(
 # ---- tables ----------------------------------------------------------------------------------
 
 
-def outlier_table(args: argparse.Namespace, drift: bool, causal: bool) -> dict[str, Any]:
-    xs = outlier_data(args, drift)
+def outlier_rows(
+    args: argparse.Namespace, drift: bool, causal: bool, draw: int
+) -> tuple[list[dict[str, Any]], float]:
+    """Errors of every variant on one draw, and the RMS of its truth."""
+    xs = outlier_data(args, drift, draw)
     truth, _ = reference.attention(*xs, causal=causal)
-    rows = [sixteen_bit_row(d, xs, truth, causal, args.device) for d in (torch.float16,)]
-    rows.append(sixteen_bit_row(torch.bfloat16, xs, truth, causal, args.device))
+    rows = [
+        sixteen_bit_row(dtype, xs, truth, causal, args.device)
+        for dtype in (torch.float16, torch.bfloat16)
+    ]
     kernel = on_kernel(args.device)
     for variant in VARIANTS:
         if variant.two_level or kernel:  # the emulation adds exactly
             rows.append(fp8_row(variant, xs, truth, causal, args.device))
+    return rows, numerics.rms(truth)
+
+
+def mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One variant over the draws: means, and the extremes and the standard error of the RMSE."""
+    count = len(rows)
+    row = {
+        key: sum(r[key] for r in rows) / count if isinstance(value, float) else value
+        for key, value in rows[0].items()
+    }
+    each = [r["rmse"] for r in rows]
+    variance = sum((e - row["rmse"]) ** 2 for e in each) / max(count - 1, 1)
+    return {
+        **row,
+        "rmse_low": min(each),
+        "rmse_high": max(each),
+        "rmse_standard_error": math.sqrt(variance / count),
+        "rmse_draws": each,
+    }
+
+
+def outlier_table(args: argparse.Namespace, drift: bool, causal: bool) -> dict[str, Any]:
+    """Means over --draws draws: few outliers decide the error of one draw, which varies by 5 %."""
+    results = [outlier_rows(args, drift, causal, draw) for draw in range(args.draws)]
+    by_variant = zip(*(rows for rows, _ in results), strict=True)
     what = "drift" if drift else "outliers"
     title = f"{what}, {'causal' if causal else 'full'}, B1 H{args.heads} S{args.seqlen}"
-    return {"title": f"{title} D{args.head_dim}", "rms": numerics.rms(truth), "rows": rows}
+    return {
+        "title": f"{title} D{args.head_dim}, {args.draws} draws",
+        "rms": sum(rms for _, rms in results) / len(results),
+        "rows": [mean_row(list(rows)) for rows in by_variant],
+    }
 
 
 def long_tables(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -234,9 +272,12 @@ def text(table: dict[str, Any]) -> str:
     lines = [f"{table['title']} (rms of the truth {table['rms']:.3g})"]
     lines.append(f"{'':38}{'RMSE':>10}{'relative':>10}{'inputs':>10}{'added':>10}")
     for r in table["rows"]:
+        spread = ""
+        if "rmse_low" in r:
+            spread = f"   {r['rmse_low']:.2e} to {r['rmse_high']:.2e}"
         lines.append(
             f"  {r['name']:36}{r['rmse']:10.2e}{r['relative']:10.2e}{r['inputs']:10.2e}"
-            f"{r['added']:10.2e}"
+            f"{r['added']:10.2e}" + spread
         )
     return "\n".join([*lines, ""])
 
