@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "head": ("fa3_train.bench.head", "output head and loss: time and memory of the chunks"),
     "swap": ("fa3_train.bench.swap", "a framework's step time before and after the swap"),
     "samples": ("fa3_train.bench.samples", "torch's own test samples of SDPA on our function"),
+    "logging": ("fa3_train.bench.logging_cost", "what watching a run costs"),
     "readme": ("fa3_train.bench.readme", "tables of the documents from the result files"),
     "plot": ("fa3_train.bench.plot", "draw a result file again, on any machine"),
 }
