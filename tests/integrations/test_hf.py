@@ -159,6 +159,31 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     _compare(eager, ours, input_ids=torch.randint(3, 97, (2, 17)))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(checkpointing, tmp_path):
+    """transformers.Trainer: the same losses and weights as with eager, step after step."""
+    pytest.importorskip("accelerate")
+    torch.manual_seed(3)
+    rows = torch.randint(3, 97, (8, 21))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    results = []
+    for model in _pair("llama"):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=2, use_cpu=True,
+            gradient_checkpointing=checkpointing, learning_rate=1e-3, logging_steps=1,
+            save_strategy="no", report_to=[], disable_tqdm=True, seed=5, optim="sgd",
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
+        results.append((losses, list(model.parameters())))
+    (a, wa), (b, wb) = results
+    assert len(a) == 4 and a[0] != a[-1]
+    assert b == pytest.approx(a, rel=1e-4)
+    for x, y in zip(wa, wb, strict=True):
+        _close(y, x)
+
+
 def test_what_is_not_served_is_an_error_by_default_and_counted_with_warn():
     eager, ours = _pair("llama")
     module = ours.model.layers[0].self_attn
