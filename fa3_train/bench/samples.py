@@ -9,7 +9,7 @@ sample passes where the output and the three gradients are within the project's 
 error of torch's own result against fp64); one that :func:`fa3_train.integrations.sdpa.supports`
 refuses counts as refused, with its reason. fp64 samples have no truth beside torch's result: they
 are compared with it by ``torch.testing.assert_close`` and its default tolerances, and go through
-``torch.autograd.gradcheck``, as in torch's tests.
+``torch.autograd.gradcheck`` in its fast mode, as in torch's tests.
 
 Needs the package expecttest, which torch's testing module imports.
 """
@@ -80,7 +80,7 @@ def _judge(leaves: list[Tensor], options: dict[str, Any], backend: str) -> list[
         with sdpa.sdpa_replacement(backend=backend):
             torch.testing.assert_close(_call(leaves, options), theirs)
             torch.autograd.gradcheck(
-                lambda *x: F.scaled_dot_product_attention(*x, **options), leaves
+                lambda *x: F.scaled_dot_product_attention(*x, **options), leaves, fast_mode=True
             )
         return []
     # dout is drawn in fp64 and rounded to the sample's dtype; the truth must see the same.
