@@ -46,9 +46,26 @@ def load() -> ModuleType:
     return te
 
 
+@functools.cache
+def _with_first(kind: type[nn.Module]) -> Any:
+    """A TransformerEngine module whose call takes x alone, and whose attribute `first_microbatch`
+    stands for the argument is_first_microbatch: with False, FP8 weights of the call before are
+    used again; with None, the default, every call casts its weights."""
+
+    class Module(kind):  # type: ignore[misc, valid-type]
+        first_microbatch: bool | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = super().forward(x, is_first_microbatch=self.first_microbatch)
+            return out
+
+    Module.__name__, Module.__qualname__ = kind.__name__, kind.__qualname__
+    return Module
+
+
 def norm_linear(in_features: int, out_features: int, eps: float) -> nn.Module:
     """RMSNorm followed by a linear map, fused; (..., in) -> (..., out)."""
-    return load().LayerNormLinear(
+    return _with_first(load().LayerNormLinear)(
         in_features, out_features, eps=eps, bias=False, normalization="RMSNorm",
         params_dtype=torch.get_default_dtype(), device=torch.get_default_device(),
     )
@@ -56,7 +73,7 @@ def norm_linear(in_features: int, out_features: int, eps: float) -> nn.Module:
 
 def linear(in_features: int, out_features: int) -> nn.Module:
     """A linear map without bias; (..., in) -> (..., out)."""
-    return load().Linear(
+    return _with_first(load().Linear)(
         in_features, out_features, bias=False,
         params_dtype=torch.get_default_dtype(), device=torch.get_default_device(),
     )
@@ -64,7 +81,7 @@ def linear(in_features: int, out_features: int) -> nn.Module:
 
 def norm_mlp(hidden_size: int, ffn_hidden_size: int, eps: float) -> nn.Module:
     """RMSNorm followed by SwiGLU, fused; (..., hidden) -> (..., hidden)."""
-    return load().LayerNormMLP(
+    return _with_first(load().LayerNormMLP)(
         hidden_size, ffn_hidden_size, eps=eps, bias=False, normalization="RMSNorm",
         activation="swiglu", params_dtype=torch.get_default_dtype(),
         device=torch.get_default_device(),

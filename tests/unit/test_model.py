@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import subprocess
 import sys
@@ -277,6 +276,9 @@ def test_unusable_transformer_engine_says_why(kind, tmp_path, monkeypatch):
         del sys.modules[name]  # not by monkeypatch, which would put the fake back
 
 
+FIRST: list[bool | None] = []  # what each call of a stand-in was told
+
+
 class _NormLinear(torch.nn.Module):
     """Parameter names and arithmetic of TransformerEngine's LayerNormLinear and Linear."""
 
@@ -289,10 +291,16 @@ class _NormLinear(torch.nn.Module):
             self.layer_norm_weight = torch.nn.Parameter(torch.empty(inputs))
         self.weight = torch.nn.Parameter(torch.empty(outputs, inputs))
 
-    def forward(self, x):
+    def forward(self, x, is_first_microbatch=None):
+        FIRST.append(is_first_microbatch)
         if hasattr(self, "layer_norm_weight"):
             x = naive.rms_norm(x, self.layer_norm_weight, self.eps)
         return x @ self.weight.T
+
+
+class _OnlyLinear(_NormLinear):
+    def __init__(self, inputs, outputs, **options):
+        super().__init__(inputs, outputs, norm=False, **options)
 
 
 class _NormMLP(torch.nn.Module):
@@ -306,7 +314,8 @@ class _NormMLP(torch.nn.Module):
         self.fc1_weight = torch.nn.Parameter(torch.empty(2 * ffn, hidden))
         self.fc2_weight = torch.nn.Parameter(torch.empty(hidden, ffn))
 
-    def forward(self, x):
+    def forward(self, x, is_first_microbatch=None):
+        FIRST.append(is_first_microbatch)
         x = naive.rms_norm(x, self.layer_norm_weight, self.eps) @ self.fc1_weight.T
         gate, up = x.chunk(2, -1)
         return (torch.nn.functional.silu(gate) * up) @ self.fc2_weight.T
@@ -318,10 +327,7 @@ def test_wiring_of_transformer_engine_modules(monkeypatch, tmp_path):
     from fa3_train.models import hf
     from fa3_train.modules import te
 
-    fake = SimpleNamespace(
-        LayerNormLinear=_NormLinear, LayerNormMLP=_NormMLP,
-        Linear=functools.partial(_NormLinear, norm=False),
-    )  # fmt: skip
+    fake = SimpleNamespace(LayerNormLinear=_NormLinear, LayerNormMLP=_NormMLP, Linear=_OnlyLinear)
     monkeypatch.setattr(te, "load", lambda: fake)
     donor = small(tie_embeddings=False)
     hf.save_pretrained(donor, tmp_path, dtype=torch.float32)
@@ -332,7 +338,15 @@ def test_wiring_of_transformer_engine_modules(monkeypatch, tmp_path):
     assert (mlp.layer_norm_weight == 1).all()
     hf.load_weights(model, tmp_path)
     batch = packed_batch()
+    FIRST.clear()
     assert_as_good(run(model, batch), run(donor, batch).double(), what="same")
+    assert set(FIRST) == {None}, "no engine has said anything about micro-batches"
+    for module in model.modules():
+        if hasattr(module, "first_microbatch"):
+            module.first_microbatch = False
+    FIRST.clear()
+    run(model, batch)
+    assert FIRST == [False] * 6
 
 
 def test_importing_the_model_needs_no_optional_package():

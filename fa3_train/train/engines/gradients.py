@@ -114,9 +114,12 @@ class GradientBuckets:
 
     def expect(self, *, first: bool) -> None:
         """Before a forward: whether its backward is the first of a step. TransformerEngine reads
-        this in the forward."""
+        this in the forward, and casts weights to FP8 in the first micro-batch only."""
         for weight in self._fused_weights:
             weight.overwrite_main_grad = first
+        for module in self._fused_modules:
+            if hasattr(module, "first_microbatch"):
+                module.first_microbatch = first
 
     def close(self) -> None:
         """Remove the hooks: parameter -> hook -> buckets -> parameter is a cycle through C++ that
@@ -134,6 +137,8 @@ class GradientBuckets:
     def _unfuse(self) -> None:
         for module in self._fused_modules:
             module.fuse_wgrad_accumulation = False
+            if hasattr(module, "first_microbatch"):
+                module.first_microbatch = None
         for weight in self._fused_weights:
             for name in ("main_grad", "main_grad_ready", "grad_added_to_main_grad"):
                 delattr(weight, name)
