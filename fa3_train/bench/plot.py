@@ -1,4 +1,4 @@
-"""Draw a result file: one panel per group and mask, TFLOP/s over the cells, one line per peer."""
+"""Draw a result file: lines over the cells for attention, bars for layers and training steps."""
 
 from __future__ import annotations
 
@@ -58,6 +58,67 @@ def draw(result: dict[str, Any], path: Path) -> Path | None:
     return path
 
 
+def bars(result: dict[str, Any]) -> tuple[str, dict[str, dict[str, float]]]:
+    """What a layer or e2e result shows: the unit, and {group: {variant: value}}."""
+    groups: dict[str, dict[str, float]] = {}
+    if result["what"] == "e2e":
+        for cell in result["cells"]:
+            name = f"{cell['engine']}, {cell['linear']}\n{cell['seqlen'] // 1024}k"
+            rows = cell.get("variants", {}).items()
+            groups[name] = {v: row["tokens_per_s"] for v, row in rows if "step_ms" in row}
+        return "tokens/s", groups
+    saves = result["suite"] == "backends"
+    for cell in result["cells"]:
+        rows = {v: row for v, row in cell["variants"].items() if "fwd" in row}
+        for which, label in (("fwd", "forward"), ("fwdbwd", "step")):
+            name = f"{cell['size']} {cell['seqlen'] // 1024}k\n{label}"
+            if saves and "fa2" in rows:
+                base = rows["fa2"][which]["ms"]
+                groups[name] = {
+                    v: 100 * (1 - row[which]["ms"] / base) for v, row in rows.items() if v != "fa2"
+                }
+            elif not saves:
+                groups[name] = {v: row[which]["tflops"] for v, row in rows.items()}
+    return ("% of time saved against FlashAttention-2" if saves else "TFLOP/s"), groups
+
+
+def draw_bars(result: dict[str, Any], path: Path) -> Path | None:
+    """Write ``path`` (png) for a layer or e2e result; None where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no plot: matplotlib is not installed; `plot {path.with_suffix('.json')}` draws it")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    unit, groups = bars(result)
+    names = list(dict.fromkeys(v for group in groups.values() for v in group))
+    figure, axis = plt.subplots(figsize=(max(6.5, 1.3 * len(groups)), 3.8))
+    width = 0.8 / max(1, len(names))
+    for i, variant in enumerate(names):
+        points = [
+            (place + i * width, group[variant])
+            for place, group in enumerate(groups.values())
+            if variant in group
+        ]
+        axis.bar(*zip(*points, strict=True), width=width, label=variant)
+    places = [g + 0.4 - width / 2 for g in range(len(groups))]
+    axis.set_xticks(places, list(groups), fontsize=8)
+    axis.set_ylabel(unit)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=7)
+    facts = result["machine"]
+    axis.set_title(
+        f"{result['what']}, {facts.get('gpu', 'no GPU')}, CUDA {facts['cuda']}, torch "
+        f"{facts['torch']}, driver {facts.get('driver', '-')}", fontsize=9,
+    )  # fmt: skip
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, help="result files (.json)")
 
@@ -65,8 +126,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     for path in args.files:
         result = json.loads(path.read_text())
-        print(tables.text_table(result))
-        picture = draw(result, path.with_suffix(".png"))
+        if result["what"] in ("layer", "e2e"):
+            picture = draw_bars(result, path.with_suffix(".png"))
+        else:
+            print(tables.text_table(result))
+            picture = draw(result, path.with_suffix(".png"))
         if picture:
             print(f"wrote {picture}")
     return 0
