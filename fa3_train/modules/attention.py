@@ -150,8 +150,10 @@ class FlashAttention(nn.Module):
 
     def serves_product(self, qkv: torch.Tensor, kv_heads: int) -> bool:
         """Whether `forward` takes the QKV projection's whole product (..., H + 2 Hkv, D): eager, in
-        16 bits, on the Hopper kernels."""
+        16 bits, on the Hopper kernels, the module's own method."""
         if not qkv.is_cuda or torch.compiler.is_compiling():
+            return False
+        if "forward" in vars(self):  # wrapped (context parallelism), for calls with q, k and v
             return False
         if qkv.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda"):
             return False
