@@ -17,22 +17,31 @@ split-KV, ``seqused``, ``sm_margin``, per-head FP8 descales (use ``fa3_train.fla
 
 from __future__ import annotations
 
+import contextvars
+import functools
+import importlib
 import importlib.machinery
-import importlib.metadata
 import sys
 import types
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from fa3_train.checks import require
+from fa3_train.integrations._metadata import Distribution, Finder
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
 
 __all__ = ["fa2", "fa3", "install", "supports", "uninstall"]
 
 _policy = Policy("flash_attn")
+_lenient: contextvars.ContextVar[bool] = contextvars.ContextVar("lenient", default=False)
+
+
+class _Unserved(Exception):
+    """On its way to the function that stands behind ours."""
+
 
 # The version each namespace claims: signatures were checked against these.
 FA2_VERSION = "2.8.3"
@@ -79,7 +88,14 @@ def supports(
 def _check(**arguments: Any) -> None:
     reason = supports(**arguments)
     if reason is not None:
-        _policy.refuse(reason)  # always raises: there is no other flash attention to go to
+        _refuse(reason)
+
+
+def _refuse(reason: str) -> NoReturn:
+    if _lenient.get():  # see _with_fallback
+        raise _Unserved(reason)
+    _policy.refuse(reason)
+    raise AssertionError  # the policy raised
 
 
 def _window(window_size: Iterable[int | None], causal: bool) -> tuple[int, int]:
@@ -279,7 +295,7 @@ def _fa3_varlen_func(
 
 def _fa3_with_kvcache(*args: Any, **kwargs: Any):
     """Decoding with a KV cache: this library is for training."""
-    _policy.refuse("flash_attn_with_kvcache: decoding with a KV cache is not served")
+    _refuse("flash_attn_with_kvcache: decoding with a KV cache is not served")
 
 
 def _fa3_forward(
@@ -305,7 +321,7 @@ def _fa3_forward(
         "cu_seqlens_k_new": cu_seqlens_k_new, "seqlens_rotary": seqlens_rotary,
     }.items():  # fmt: skip
         if value is not None:
-            _policy.refuse(f"{name}: KV caches are not served")
+            _refuse(f"{name}: KV caches are not served")
     _check(
         qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, seqused_q=seqused_q,
         seqused_k=seqused_k, attention_chunk=attention_chunk, num_splits=num_splits,
@@ -379,40 +395,31 @@ fa3 = _namespace(
 )
 
 
+def _with_fallback(module: types.ModuleType, original: types.ModuleType) -> types.ModuleType:
+    """``module`` whose functions hand what they do not serve to those of ``original``."""
+    rule = Policy("flash_attn", "warn")
+
+    def lenient(name: str, function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            token = _lenient.set(hasattr(original, name))
+            try:
+                return function(*args, **kwargs)
+            except _Unserved as reason:
+                return rule.refuse(str(reason), lambda: getattr(original, name)(*args, **kwargs))
+            finally:
+                _lenient.reset(token)
+
+        return call
+
+    functions = {n: lenient(n, f) for n, f in vars(module).items() if callable(f)}
+    return _namespace(module.__name__, module.__version__, functions)
+
+
 # --- importable under the packages' names ---------------------------------------------------------
 
 
-class _Distribution(importlib.metadata.Distribution):
-    """Metadata of a package that is not on disk."""
-
-    def __init__(self, name: str, version: str, top_level: str) -> None:
-        self._texts = {
-            "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-            "top_level.txt": top_level + "\n",
-        }
-
-    def read_text(self, filename: str) -> str | None:
-        return self._texts.get(filename)
-
-    def locate_file(self, path: Any) -> Any:
-        return path
-
-
-class _Finder(importlib.metadata.DistributionFinder):
-    """Answers importlib.metadata for what :func:`install` has put into sys.modules."""
-
-    def __init__(self) -> None:
-        self.distributions: dict[str, _Distribution] = {}
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        return None
-
-    def find_distributions(self, context: Any = importlib.metadata.DistributionFinder.Context()):  # noqa: B008
-        wanted = None if context.name is None else context.name.lower().replace("_", "-")
-        return [d for name, d in self.distributions.items() if wanted in (None, name)]
-
-
-_finder = _Finder()
+_finder = Finder()
 _installed: list[str] = []
 _NAMES = {
     "flash_attn": ("flash-attn", FA2_VERSION),
@@ -427,7 +434,7 @@ def _foreign(name: str) -> bool:
     return importlib.machinery.PathFinder.find_spec(name) is not None
 
 
-def install(*names: str, replace: bool = False) -> None:
+def install(*names: str, replace: bool = False, policy: str = "error") -> None:
     """Make ``import flash_attn_interface`` and ``import flash_attn`` find this library.
 
     Args:
@@ -435,6 +442,8 @@ def install(*names: str, replace: bool = False) -> None:
             alone, since it is what a Hopper GPU would use.
         replace: also where the real package is installed. Without it that is an error, so that
             nobody times one believing it is the other.
+        policy: ``error``, or ``warn``: what is not served goes to the real package's function and
+            is counted. Needs ``replace=True`` and the real package.
 
     Call it before the framework is imported: most look for flash attention once, at import. To see
     it undone, call :func:`uninstall`.
@@ -450,15 +459,18 @@ def install(*names: str, replace: bool = False) -> None:
         )  # fmt: skip
         distribution, version = _NAMES[name]
         module = fa2 if name == "flash_attn" else fa3
+        if Policy("flash_attn", policy).mode == "warn":
+            require(_foreign(name), "policy", f"'warn' needs the real package {name}", "none")
+            module = _with_fallback(module, importlib.import_module(name))
         sys.modules[name] = module
         _installed.append(name)
         if name == "flash_attn":  # frameworks import from this submodule
-            interface = _namespace("flash_attn.flash_attn_interface", version, dict(vars(fa2)))
-            fa2.__path__ = []  # type: ignore[attr-defined]
-            fa2.flash_attn_interface = interface  # type: ignore[attr-defined]
+            interface = _namespace("flash_attn.flash_attn_interface", version, dict(vars(module)))
+            module.__path__ = []  # type: ignore[attr-defined]
+            module.flash_attn_interface = interface  # type: ignore[attr-defined]
             sys.modules["flash_attn.flash_attn_interface"] = interface
             _installed.append("flash_attn.flash_attn_interface")
-        _finder.distributions[distribution] = _Distribution(distribution, version, name)
+        _finder.distributions[distribution] = Distribution(distribution, version, name)
     if _finder not in sys.meta_path:
         # First: metadata of a real package of that name must not win over `replace`.
         sys.meta_path.insert(0, _finder)

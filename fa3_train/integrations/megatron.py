@@ -89,9 +89,15 @@ class CoreAttention(nn.Module):
     Args: those of ``megatron.core.transformer.dot_product_attention.DotProductAttention``.
         ``pg_collection`` gives the tensor-parallel group; only its size is used.
 
+    What :func:`supports` refuses is an error; or, in the class that ``swap_core_attention`` makes
+    for ``policy="warn"``, goes to the core that the spec had before.
+
     Raises:
         UnsupportedRequest: dropout, context parallelism and what else :func:`supports` names.
     """
+
+    policy = _policy
+    original_spec: Any = None
 
     def __init__(
         self,
@@ -115,9 +121,19 @@ class CoreAttention(nn.Module):
         )
         self.softmax_scale = softmax_scale
         self.softmax_type = getattr(config, "softmax_type", "vanilla")
+        original: nn.Module | None = None
+        if self.original_spec is not None:
+            original = _build(
+                self.original_spec, config=config, layer_number=layer_number,
+                attn_mask_type=attn_mask_type, attention_type=attention_type,
+                attention_dropout=attention_dropout, softmax_scale=softmax_scale,
+                cp_comm_type=cp_comm_type, pg_collection=pg_collection, **kwargs,
+            )  # fmt: skip
+        # Not a submodule: its parameters, if any, would appear twice.
+        self.__dict__["_original"] = original
         reason = self._problem()
-        if reason is not None:
-            _policy.refuse(reason)
+        if reason is not None and original is None:
+            self.policy.refuse(reason)
         self.window_size = self._layer_window()
         self.softmax_offset: nn.Parameter | None = None
         if self.softmax_type == "learnable":
@@ -174,7 +190,12 @@ class CoreAttention(nn.Module):
             seqlens=None if packed else (query.shape[0], key.shape[0]),
         )
         if reason is not None:
-            _policy.refuse(reason)
+            original = self.__dict__["_original"]
+            fallback = None if original is None else lambda: original(
+                query, key, value, attention_mask, attn_mask_type=attn_mask_type,
+                attention_bias=attention_bias, packed_seq_params=packed_seq_params,
+            )  # fmt: skip
+            return self.policy.refuse(reason, fallback)
         causal = "causal" in _mask_name(mask_type)
         left, right = self.window_size
         options = {
@@ -210,15 +231,28 @@ def _attention_submodules(spec: Any) -> Any:
     return layer
 
 
-def swap_core_attention(spec: Any, core: Any = CoreAttention) -> Any:
+def _build(spec: Any, **arguments: Any) -> nn.Module:
+    from megatron.core.transformer.spec_utils import build_module
+
+    return build_module(spec, **{k: v for k, v in arguments.items() if v is not None})
+
+
+def swap_core_attention(spec: Any, core: Any = CoreAttention, *, policy: str = "error") -> Any:
     """A copy of a transformer layer spec whose self-attention core is ours.
 
     Args:
         spec: what ``get_gpt_layer_local_spec`` or ``get_gpt_layer_with_transformer_engine_spec``
             return. It is not changed.
+        policy: ``error``, or ``warn``: the spec's own core is built beside ours and runs, counted,
+            what ours does not serve.
     """
+    rule = Policy("megatron", policy)
     spec = copy.deepcopy(spec)
-    _attention_submodules(spec).core_attention = core
+    submodules = _attention_submodules(spec)
+    if rule.mode == "warn":
+        before = {"policy": rule, "original_spec": submodules.core_attention}
+        core = type(core.__name__, (core,), before)
+    submodules.core_attention = core
     return spec
 
 
@@ -231,13 +265,13 @@ class _Fp8Core(CoreAttention):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.softmax_offset is not None:
-            _policy.refuse("softmax_type: 'learnable' is not served in FP8")
+            self.policy.refuse("softmax_type: 'learnable' is not served in FP8")
 
     def forward(self, query, key, value, attention_mask=None, /, **kwargs):  # type: ignore[override]
         from fa3_train.ops import fp8
 
         if kwargs.get("packed_seq_params") is not None:
-            _policy.refuse("packed_seq_params: not served by the FP8 self-attention")
+            self.policy.refuse("packed_seq_params: not served by the FP8 self-attention")
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         cos, sin = self.rotary if self.rotary is not None else (None, None)
         out = fp8.flash_attn_fp8_func(

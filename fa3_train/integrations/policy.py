@@ -1,7 +1,10 @@
 """What happens when a framework asks for something that these kernels do not do.
 
     error   raise :class:`UnsupportedRequest` with the reason (the default)
-    warn    call what was there before the swap; counted per reason, logged once per reason
+    warn    call what was there before the swap and count the call
+
+Either way each reason is logged once: as an error, or as a warning. Where there was nothing before
+the swap (context parallelism, Ulysses), or what was there is not at hand, ``warn`` raises as well.
 
 There is no silent mode: a swap that quietly runs another kernel is how people end up publishing
 numbers of code that never ran. :func:`fallback_counts` tells how often each reason occurred, so a
@@ -23,6 +26,7 @@ MODES = ("error", "warn")
 
 _log = logging.getLogger("fa3_train.integrations")
 _counts: collections.Counter[tuple[str, str]] = collections.Counter()
+_logged: set[tuple[str, str, int]] = set()
 
 
 class UnsupportedRequest(ArgumentError):
@@ -35,7 +39,15 @@ def fallback_counts() -> dict[tuple[str, str], int]:
 
 
 def reset_fallback_counts() -> None:
+    """Forget the counts; reasons are logged again."""
     _counts.clear()
+    _logged.clear()
+
+
+def _log_once(integration: str, reason: str, level: int, consequence: str) -> None:
+    if (integration, reason, level) not in _logged:
+        _logged.add((integration, reason, level))
+        _log.log(level, "%s: %s; %s", integration, reason, consequence)
 
 
 class Policy:
@@ -59,9 +71,8 @@ class Policy:
             UnsupportedRequest: in mode ``error``, or where nothing can be fallen back to.
         """
         if self.mode == "error" or fallback is None:
+            _log_once(self.integration, reason, logging.ERROR, "refused")
             raise UnsupportedRequest(f"{self.integration}: {reason}")
-        key = (self.integration, reason)
-        _counts[key] += 1
-        if _counts[key] == 1:
-            _log.warning("%s: %s; the original attention runs instead", *key)
+        _counts[self.integration, reason] += 1
+        _log_once(self.integration, reason, logging.WARNING, "the original attention runs instead")
         return fallback()

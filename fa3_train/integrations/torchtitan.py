@@ -140,10 +140,14 @@ def inner_attention(base: type | None = None) -> type:
         @dataclasses.dataclass(kw_only=True, slots=True)
         class Config(base.Config):  # type: ignore[name-defined, misc]
             backend: str = "auto"
+            policy: str = "error"
 
         def __init__(self, config: Any) -> None:
-            # Not the base's: it would activate another flash attention for the whole process.
-            super(base, self).__init__()
+            self._policy = Policy("torchtitan", config.policy)
+            if self._policy.mode == "warn":
+                super().__init__(config)  # activates torch's flash attention, to fall back to
+            else:  # which would do so for the whole process
+                super(base, self).__init__()
             self.window_size = config.window_size
             self.backend = config.backend
 
@@ -153,7 +157,14 @@ def inner_attention(base: type | None = None) -> type:
         ) -> Tensor:  # fmt: skip
             reason = supports(attention_masks=attention_masks, dimensions=q.dim(), **kwargs)
             if reason is not None:
-                _policy.refuse(reason)
+                theirs = super().forward
+                return self._policy.refuse(
+                    reason,
+                    lambda: theirs(
+                        q, k, v, attention_masks=attention_masks, scale=scale,
+                        out_transform=out_transform, **kwargs,
+                    ),
+                )  # fmt: skip
             narrow = q.dtype if q.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
             out = varlen_attention(
                 q.to(narrow), k.to(narrow), v.to(narrow), attention_masks, scale=scale,
@@ -167,13 +178,16 @@ def inner_attention(base: type | None = None) -> type:
     return Fa3Attention
 
 
-def use_in(model_config: Any, base: type | None = None, *, backend: str = "auto") -> int:
+def use_in(
+    model_config: Any, base: type | None = None, *, backend: str = "auto", policy: str = "error"
+) -> int:
     """Set ``inner_attention`` of every layer's attention config to ours; returns how many.
 
     Args:
         model_config: a torchtitan model config with ``layers[i].attention.inner_attention``; its
             other settings, sharding among them, are taken over.
         backend: as in :func:`fa3_train.flash_attn_func`.
+        policy: ``error``, or ``warn``: the base's forward runs and the call is counted.
 
     Raises:
         ArgumentError: no such layers. UnsupportedRequest: a layer's attention is not a varlen one,
@@ -190,7 +204,9 @@ def use_in(model_config: Any, base: type | None = None, *, backend: str = "auto"
                 f"inner_attention: must be a varlen attention, got {type(old).__qualname__}"
             )
         settings = {f.name: getattr(old, f.name) for f in dataclasses.fields(base_config)}
-        layer.attention.inner_attention = module.Config(**settings, backend=backend)
+        layer.attention.inner_attention = module.Config(
+            **settings, backend=backend, policy=Policy("torchtitan", policy).mode
+        )
         count += 1
     require(count > 0, "model_config", "must have layers", count)
     return count
@@ -210,12 +226,13 @@ def converter() -> type:
         @dataclasses.dataclass(kw_only=True, slots=True)
         class Config(ModelConfigConverter.Config):  # type: ignore[name-defined, misc]
             backend: str = "auto"
+            policy: str = "error"
 
         def __init__(self, config: Any) -> None:
             self.config = config
 
         def convert(self, model_config: Any) -> Any:
-            use_in(model_config, backend=self.config.backend)
+            use_in(model_config, backend=self.config.backend, policy=self.config.policy)
             return model_config
 
     return Fa3Converter

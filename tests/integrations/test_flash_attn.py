@@ -210,3 +210,45 @@ def test_install_does_not_stand_in_for_a_real_package_unasked(tmp_path, monkeypa
         flash_attn.uninstall()
     with pytest.raises(ValueError, match="names: must be from"):
         flash_attn.install("flash_attn_4")
+
+
+def test_warn_hands_over_to_the_real_package(monkeypatch):
+    """What ours does not serve goes to the function that would have been called without us."""
+    import types
+
+    real = types.ModuleType("flash_attn_interface")
+    real.flash_attn_func = lambda *args, **kwargs: ("real", args, kwargs)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", real)
+    policy.reset_fallback_counts()
+    flash_attn.install(replace=True, policy="warn")
+    try:
+        import flash_attn_interface as installed
+
+        assert _names(installed.flash_attn_func) == FA3_FUNC
+        q, k, v = _qkv()
+        for _ in range(2):
+            name, args, kwargs = installed.flash_attn_func(q, k, v, attention_chunk=4)
+            assert name == "real" and args[0] is q and kwargs == {"attention_chunk": 4}
+        assert torch.equal(
+            installed.flash_attn_func(q, k, v), flash_attn.fa3.flash_attn_func(q, k, v)
+        )
+        with pytest.raises(policy.UnsupportedRequest, match="KV cache"):  # not in the real one
+            installed.flash_attn_with_kvcache(q, k, v)
+        assert list(policy.fallback_counts().values()) == [2]
+    finally:
+        flash_attn.uninstall()
+    with pytest.raises(policy.UnsupportedRequest, match="attention_chunk"):
+        flash_attn.fa3.flash_attn_func(q, k, v, attention_chunk=4)
+    with pytest.raises(ValueError, match="policy: 'warn' needs the real package flash_attn"):
+        flash_attn.install("flash_attn", policy="warn")
+
+
+def test_a_reason_is_logged_once_either_way(caplog):
+    policy.reset_fallback_counts()
+    strict, lenient = policy.Policy("somewhere"), policy.Policy("somewhere", "warn")
+    for _ in range(3):
+        with pytest.raises(policy.UnsupportedRequest, match="somewhere: x: not served"):
+            strict.refuse("x: not served", lambda: None)
+        assert lenient.refuse("x: not served", lambda: "original") == "original"
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+    assert policy.fallback_counts() == {("somewhere", "x: not served"): 3}

@@ -120,6 +120,41 @@ def test_calls_that_are_refused():
         )  # fmt: skip
 
 
+def test_warn_runs_the_core_of_the_spec(monkeypatch):
+    class Theirs(torch.nn.Module):
+        def __init__(self, **arguments):
+            super().__init__()
+            self.arguments = arguments
+
+        def forward(self, *args, **kwargs):
+            return "theirs", sorted(kwargs)
+
+    monkeypatch.setattr(megatron, "_build", lambda spec, **arguments: spec(**arguments))
+    inner = types.SimpleNamespace(core_attention=Theirs)
+    spec = types.SimpleNamespace(
+        submodules=types.SimpleNamespace(
+            self_attention=types.SimpleNamespace(submodules=inner)
+        )
+    )  # fmt: skip
+    swapped = megatron.swap_core_attention(spec, policy="warn")
+    core_class = swapped.submodules.self_attention.submodules.core_attention
+    assert issubclass(core_class, megatron.CoreAttention) and inner.core_attention is Theirs
+    q, k, v = _qkv(S, B)
+    policy.reset_fallback_counts()
+    for changes in ({"attention_dropout": 0.1}, {"context_parallel_size": 2}):
+        core = core_class(_config(**changes), 1, _mask_type("causal"), "self")
+        assert core(q, k, v, None)[0] == "theirs"
+    core = core_class(_config(), 1, _mask_type("causal"), "self")
+    assert core(q, k, v, None, attention_bias=torch.zeros(1))[0] == "theirs"
+    torch.testing.assert_close(
+        core(q, k, v, None), _truth(q, k, v, window_size=(-1, 0)), rtol=1e-5, atol=1e-5
+    )
+    assert list(policy.fallback_counts().values()) == [1, 1, 1]
+    assert not dict(core.named_children())
+    with pytest.raises(ValueError, match="policy: must be one of"):
+        megatron.swap_core_attention(spec, policy="silent")
+
+
 @pytest.fixture(scope="module")
 def mcore():
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -168,14 +203,21 @@ def test_values_of_a_whole_megatron_self_attention(mcore, tmp_path, monkeypatch)
         mask = torch.ones(1, 1, S, S, dtype=torch.bool).triu(1)
         outs = []
         state = None
-        for spec in (mcore.spec(), megatron.swap_core_attention(mcore.spec())):
+        for spec in (
+            mcore.spec(),
+            megatron.swap_core_attention(mcore.spec(), policy="warn"),
+            megatron.swap_core_attention(mcore.spec()),
+        ):
             layer = build_module(
                 spec.submodules.self_attention, config=config, layer_number=1
             ).eval()  # fmt: skip
             state = state or layer.state_dict()
             layer.load_state_dict(state)
             outs.append(layer(x, mask, rotary_pos_emb=angles)[0])
-        torch.testing.assert_close(outs[1], outs[0], rtol=1e-4, atol=1e-5)
+            if spec is not None and isinstance(layer.core_attention, megatron.CoreAttention):
+                assert layer.state_dict().keys() == state.keys()
+        for out in outs[1:]:
+            torch.testing.assert_close(out, outs[0], rtol=1e-4, atol=1e-5)
         assert isinstance(layer.core_attention, megatron.CoreAttention)
     finally:
         parallel_state.destroy_model_parallel()

@@ -140,6 +140,28 @@ def test_other_masks_are_refused():
     assert titan.supports(attention_masks=masks, enable_gqa=True, score_mod=None) is None
 
 
+def test_warn_runs_the_forward_of_the_base():
+    class Base(StandIn):
+        def __init__(self, config):
+            torch.nn.Module.__init__(self)
+
+        def forward(self, q, k, v, *, attention_masks, scale=None, out_transform=None, **kwargs):
+            return "base"
+
+    module_class = titan.inner_attention(Base)
+    module = module_class(module_class.Config(policy="warn", backend="reference"))
+    policy.reset_fallback_counts()
+    leaves = _qkv()
+    assert module(*leaves, attention_masks={"flex": 1}) == "base"
+    assert module(*leaves, attention_masks=Metadata(DOCUMENTS, DOCUMENTS, 5, 5)).shape == (
+        B,
+        L,
+        N,
+        D,
+    )
+    assert list(policy.fallback_counts().values()) == [1]
+
+
 def test_a_model_of_the_real_package(monkeypatch):
     """Its Llama-3 with our converter beside its own varlen attention, which on the CPU runs on our
     kernels too, but through torch's flash operators and its own code."""
