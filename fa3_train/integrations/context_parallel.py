@@ -148,6 +148,8 @@ def ring_attention(
         same = x.dim() == dims and x.shape[: dims - 2] == q.shape[: dims - 2]
         require(same, name, f"must have as many tokens as q {tuple(q.shape)}", tuple(x.shape))
     documents = () if cu_seqlens is None else _boundaries(cu_seqlens, tokens * ranks)
+    if len(documents) == 2:
+        documents = ()  # one document: dense kernels need no plan of lengths
     rows = [x.unsqueeze(0) if packed else x for x in (q, k, v)]
     out = ring(*rows, documents, group, softmax_scale, causal, deterministic, backend)
     return out.squeeze(0) if packed else out

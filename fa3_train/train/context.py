@@ -103,7 +103,12 @@ class ContextParallel:
         q, k, v = ulysses.to_heads(q, k, v, self.group)
         # Positions are needed where the core itself rotates (fp8); those of the whole row follow
         # from the documents.
-        out = inner(q, k, v, **(options | {"position_ids": None}))
+        options["position_ids"] = None
+        if len(self._borders) == 2:  # one document: dense kernels need no plan of lengths
+            rope = options.get("rope")
+            out = inner(*(x.unsqueeze(0) for x in (q, k, v)), rope=rope).squeeze(0)
+        else:
+            out = inner(q, k, v, **options)
         return ulysses.to_tokens(out, self.group)
 
     def _through_deepspeed(
@@ -113,12 +118,14 @@ class ContextParallel:
             from fa3_train.integrations.deepspeed import UlyssesAttention
 
             self._ulysses = UlyssesAttention(self.group)
+        lengths: dict[str, Any] = {}
+        if len(self._borders) > 2:
+            for side in "qk":
+                lengths[f"cu_seqlens_{side}"] = cu_seqlens_q
+                lengths[f"max_seqlen_{side}"] = max_seqlen_q
         out: torch.Tensor = self._ulysses(
             *(x.unsqueeze(0) for x in (q, k, v)),
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_q,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_q,
+            **lengths,
             softmax_scale=core.softmax_scale,
             causal=core.causal,
             window_size=core.window,
