@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import processes  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "swap.md"
 BLOCKS = re.findall(r"```python([^\n]*)\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -24,19 +29,50 @@ def test_the_page_has_a_block_for_each_integration():
     missing = [
         path.stem
         for path in folder.glob("*.py")
-        if path.stem not in ("__init__", "lengths")  # not a plug point
+        if path.stem != "lengths"
+        and not path.stem.startswith("_")  # no plug points
         and not re.search(rf"integrations(\.| import ){path.stem}\b", text)
     ]
     assert not missing
 
 
-@pytest.mark.parametrize("index", range(len(BLOCKS)), ids=_name)
+def _run(code):
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "swap"})
+
+
+def _in_a_group(rank, ranks, code):
+    with contextlib.suppress(ImportError):  # DeepSpeed's shared-memory op, built for minutes
+        from deepspeed.ops import __compatible_ops__ as available
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+        available[ShareMemCommBuilder.NAME] = False
+    _run(code)
+
+
+def _marks(options):
+    marks = [pytest.mark.gpu] if "gpu" in options.split() else []
+    return marks + ([pytest.mark.distributed] if "processes=" in options else [])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [pytest.param(i, marks=_marks(options)) for i, (options, _) in enumerate(BLOCKS)],
+    ids=_name,
+)
 def test_block(index):
     options, code = BLOCKS[index]
-    compile(code, str(PAGE), "exec")  # also those that need a GPU or a process group
-    if "no-run" in options:
-        pytest.skip("needs a GPU, a model or a process group")
-    needed = re.search(r"requires=(\S+)", options)
-    for name in [needed.group(1)] if needed else re.findall(r"^from (transformers)", code, re.M):
+    needed = re.findall(r"requires=(\S+)", options) + re.findall(
+        r"^from (transformers)", code, re.M
+    )
+    for name in needed:
         pytest.importorskip(name)
-    exec(compile(code, str(PAGE), "exec"), {"__name__": "swap"})
+    ranks = re.search(r"processes=(\d+)", options)
+    if ranks is None:
+        _run(code)
+    else:
+        processes.run(int(ranks.group(1)), _in_a_group, code)
+
+
+def test_no_block_is_left_out():
+    known = re.compile(r"( (gpu|processes=2|requires=[\w.]+))*")
+    assert all(known.fullmatch(options) for options, _ in BLOCKS)
