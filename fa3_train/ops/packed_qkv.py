@@ -93,8 +93,9 @@ def _attn_bwd_packed(
     window_left, window_right, softcap, deterministic,
 ):  # fmt: skip
     dqkv = torch.empty_like(qkv)
+    q, k, v = split(qkv, heads, kv_heads)
     hopper.backward_into(
-        dout, *split(qkv, heads, kv_heads), out, lse, cu_seqlens, cu_seqlens, max_seqlen,
+        dout, q, k, v, out, lse, cu_seqlens, cu_seqlens, max_seqlen,
         max_seqlen, softmax_scale, causal, window_left, window_right, softcap, deterministic,
         split(dqkv, heads, kv_heads),
     )  # fmt: skip

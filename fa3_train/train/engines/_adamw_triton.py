@@ -14,8 +14,8 @@ _BLOCK = 2048
 _WARPS = 8
 
 
-@triton.jit
-def _adamw_kernel(
+@triton.jit  # type: ignore[untyped-decorator]
+def _adamw_kernel(  # type: ignore[no-untyped-def]
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, copy_ptr, step_ptr, scale_ptr, blocked_ptr,
     numel, lr, beta1, beta2, log2_beta1, log2_beta2, eps, decay,
     SCALED: tl.constexpr, GUARDED: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
