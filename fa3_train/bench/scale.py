@@ -9,13 +9,16 @@ is compared with:
     8k_fsdp2, 8k_zero3       8,192 tokens a sequence, one sequence on a GPU in a forward: the batch
                              grows with the GPUs (weak scaling)
     128k_ulysses, 128k_ring  one sequence of 131,072 tokens over all GPUs (strong scaling), FSDP2
+    loss_*                   the recipe tiny_gpu on text, always the same global batch: its losses
+                             beside those of one GPU, where two runs show what atomics do by
+                             themselves
 
-Every cell is what `python -m fa3_train` runs (`Trainer`), on random tokens. *Efficiency* is
-tokens/s per GPU over that on one GPU; on one GPU FSDP2 and context parallelism are plain training.
-*Exposed communication* is the part of a step in which NCCL kernels run and no other kernel does,
-from the profiler's records of two steps that are not timed; time in which a GPU waits for another
-counts, because it looks the same; of the ranks the one with most of it. Times are rank 0's, medians
-over the steps after the first `--skip`.
+Every cell is what `python -m fa3_train` runs (`Trainer`). *Efficiency* is tokens/s per GPU over that
+on one GPU; on one GPU FSDP2 and context parallelism are plain training. *Exposed communication* is
+the part of a step in which NCCL kernels run and no other kernel does, from the profiler's records
+of two steps that are not timed; time in which a GPU waits for another counts, because it looks the
+same; of the ranks the one with most of it. Times are rank 0's, medians over the steps after the
+first `--skip`.
 """
 
 from __future__ import annotations
@@ -44,19 +47,23 @@ from fa3_train.train.signals import StopSignal
 _PROFILED = 2  # steps at the end that the profiler sees
 
 _FIXED = [
-    "recipe=llama3_8b",
-    "data=random",
     "checkpoint=none",
     "logging=quiet",
     "logging.attention_every=0",
     "run.eval_batches=0",
     "run.gpus=0",
     "schedule.warmup_steps=5",
-    "optimizer.lr=1e-4",
 ]
-_SHORT = ["data.seq_len=8192", "data.micro_batch=1", "model.activation_checkpointing=selective"]
+_LAYERS = ["recipe=llama3_8b", "data=random", "optimizer.lr=1e-4"]
+_SHORT = [
+    *_LAYERS,
+    "data.seq_len=8192",
+    "data.micro_batch=1",
+    "model.activation_checkpointing=selective",
+]
 # The vocabulary shrinks with the number of layers: at its full size the head would be most of it.
 _LONG = [
+    *_LAYERS,
     "data.seq_len=131072",
     "data.micro_batch=1",
     "model.activation_checkpointing=selective",
@@ -69,6 +76,11 @@ CELLS = {
     "8k_zero3": [*_SHORT, "engine=deepspeed", "engine.zero_stage=3"],
     "128k_ulysses": [*_LONG, "parallel.method=ulysses"],
     "128k_ring": [*_LONG, "parallel.method=ring"],
+    "loss_ddp": ["recipe=tiny_gpu"],
+    "loss_fsdp2": ["recipe=tiny_gpu", "engine=fsdp2"],
+    "loss_zero3": ["recipe=tiny_gpu", "engine=deepspeed", "engine.zero_stage=3"],
+    "loss_ulysses": ["recipe=tiny_gpu", "engine=fsdp2", "parallel=context"],
+    "loss_ring": ["recipe=tiny_gpu", "engine=fsdp2", "parallel=context", "parallel.method=ring"],
 }
 
 
@@ -80,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulation", type=int, default=1, help="of the 8k cells")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--long-steps", type=int, default=7)
+    parser.add_argument("--loss-steps", type=int, default=40)
     parser.add_argument("--skip", type=int, default=3, help="steps that no median counts")
     parser.add_argument("--attention", default="hopper", help="conf/attention option")
     parser.add_argument("--out", type=Path, help="JSON file; cells of earlier calls are kept")
@@ -99,19 +112,27 @@ def main(args: argparse.Namespace) -> int:
         command = [*launcher, f"--nproc-per-node={count}", "-m", "fa3_train.bench"]
         failed |= subprocess.run([*command, *sys.argv[1:]], check=False).returncode != 0
     if args.out and args.out.exists():
-        print(table(json.loads(args.out.read_text())["cells"]))
+        cells = json.loads(args.out.read_text())["cells"]
+        print("\n\n".join(filter(None, [table(cells), loss_table(cells)])))
     return int(failed)
 
 
 def _words(name: str, gpus: int, args: argparse.Namespace) -> list[str]:
-    long = name.startswith("128k")
-    steps = args.long_steps if long else args.steps
+    kind = name.split("_")[0]
+    steps = {"8k": args.steps, "128k": args.long_steps, "loss": args.loss_steps}[kind]
+    sizes = {
+        "8k": [
+            f"model.num_layers={args.layers}",
+            f"data.global_batch={gpus * args.accumulation}",
+        ],
+        "128k": [f"model.num_layers={args.long_layers}", "data.global_batch=1"],
+        "loss": [],
+    }
     return [
         *_FIXED,
         *CELLS[name],
         f"attention={args.attention}",
-        f"model.num_layers={args.long_layers if long else args.layers}",
-        f"data.global_batch={1 if long else gpus * args.accumulation}",
+        *sizes[kind],
         f"run.steps={steps}",
         f"logging.every={steps}",
         *args.words,
@@ -183,7 +204,8 @@ def _measure(words: list[str], skip: int) -> tuple[dict[str, Any], World]:
             rows = [row for row in map(json.loads, lines) if "loss" in row]
     own = communication(trainer.kernels)
     shares = [share for share in world.gather(own) if share is not None]
-    return _summary(rows[skip:-_PROFILED]) | _slowest(shares), world
+    result = _summary(rows[skip:-_PROFILED]) | {"losses": [row["loss"] for row in rows]}
+    return result | _slowest(shares), world
 
 
 def communication(kernels: list[tuple[str, int, int]]) -> dict[str, float] | None:
@@ -260,6 +282,9 @@ def _line(cell: dict[str, Any]) -> str:
 
 def table(cells: list[dict[str, Any]]) -> str:
     """Markdown: one row for each cell and number of GPUs."""
+    cells = [c for c in cells if not c["cell"].startswith("loss")]
+    if not cells:
+        return ""
     alone = {c["cell"]: c.get("tokens_per_s_per_gpu") for c in cells if c["gpus"] == 1}
     lines = [
         "| run | GPUs | step ms | tokens/s per GPU | efficiency | MFU | exposed communication | "
@@ -279,6 +304,26 @@ def table(cells: list[dict[str, Any]]) -> str:
             f"| {cell['cell']} | {cell['gpus']} | {cell['step_ms']:.1f} | {here:,.0f} | "
             f"{_percent(here / one if one else None)} | {_percent(cell['mfu_causal'])} | "
             f"{' | '.join(shares)} | {cell['peak_memory_gib']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def loss_table(cells: list[dict[str, Any]]) -> str:
+    """Markdown: losses of the `loss_*` cells beside the first such run on one GPU."""
+    cells = [c for c in cells if c["cell"].startswith("loss") and c.get("losses")]
+    cells.sort(key=lambda c: (c["gpus"], list(CELLS).index(c["cell"])))
+    if not cells or cells[0]["gpus"] != 1:
+        return ""
+    one = cells[0]["losses"]
+    lines = [
+        f"| run | GPUs | loss of step 1 | of step {len(one)} | largest difference | mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        apart = [abs(a - b) for a, b in zip(cell["losses"], one, strict=True)]
+        lines.append(
+            f"| {cell['cell']} | {cell['gpus']} | {cell['losses'][0]:.5f} | "
+            f"{cell['losses'][-1]:.5f} | {max(apart):.1e} | {sum(apart) / len(apart):.1e} |"
         )
     return "\n".join(lines)
 
