@@ -470,9 +470,8 @@ def attn_bwd(
             shape.seqlen_k, scale, right == 0, left, right, softcap, deterministic,
         )  # fmt: skip
         return dq, dk, dv
-    grads = reference.attention_backward(
+    dq, dk, dv, _ = reference.attention_backward(
         dout, q, k, v, out, lse, softmax_scale=scale, window_size=(left, right), softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dtype=_reference_dtype(q.dtype),
     )  # fmt: skip
-    dq, dk, dv = (g.to(x.dtype) for g, x in zip(grads, (q, k, v), strict=False))
-    return dq, dk, dv
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
