@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from fa3_train.checks import require
+from fa3_train.integrations import lengths
 from fa3_train.integrations._metadata import Distribution, Finder
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
@@ -293,7 +294,7 @@ def _fa3_varlen_func(
     )  # fmt: skip
 
 
-def _fa3_with_kvcache(*args: Any, **kwargs: Any):
+def _with_kvcache(*args: Any, **kwargs: Any):
     """Decoding with a KV cache: this library is for training."""
     _refuse("flash_attn_with_kvcache: decoding with a KV cache is not served")
 
@@ -379,6 +380,7 @@ fa2 = _namespace(
         "flash_attn_varlen_func": _fa2_varlen_func,
         "flash_attn_varlen_kvpacked_func": _fa2_varlen_kvpacked_func,
         "flash_attn_varlen_qkvpacked_func": _fa2_varlen_qkvpacked_func,
+        "flash_attn_with_kvcache": _with_kvcache,
     },
 )
 fa3 = _namespace(
@@ -388,7 +390,7 @@ fa3 = _namespace(
         "flash_attn_func": _fa3_func,
         "flash_attn_qkvpacked_func": _fa3_qkvpacked_func,
         "flash_attn_varlen_func": _fa3_varlen_func,
-        "flash_attn_with_kvcache": _fa3_with_kvcache,
+        "flash_attn_with_kvcache": _with_kvcache,
         "_flash_attn_forward": _fa3_forward,
         "_flash_attn_backward": _fa3_backward,
     },
@@ -419,6 +421,7 @@ def _with_fallback(module: types.ModuleType, original: types.ModuleType) -> type
 # --- importable under the packages' names ---------------------------------------------------------
 
 
+_PAD = {f.__name__: f for f in (lengths.index_first_axis, lengths.pad_input, lengths.unpad_input)}
 _finder = Finder()
 _installed: list[str] = []
 _NAMES = {
@@ -464,12 +467,13 @@ def install(*names: str, replace: bool = False, policy: str = "error") -> None:
             module = _with_fallback(module, importlib.import_module(name))
         sys.modules[name] = module
         _installed.append(name)
-        if name == "flash_attn":  # frameworks import from this submodule
-            interface = _namespace("flash_attn.flash_attn_interface", version, dict(vars(module)))
+        if name == "flash_attn":  # frameworks import from these submodules
             module.__path__ = []  # type: ignore[attr-defined]
-            module.flash_attn_interface = interface  # type: ignore[attr-defined]
-            sys.modules["flash_attn.flash_attn_interface"] = interface
-            _installed.append("flash_attn.flash_attn_interface")
+            for part, functions in (("flash_attn_interface", vars(module)), ("bert_padding", _PAD)):
+                full = f"{name}.{part}"
+                sys.modules[full] = _namespace(full, version, dict(functions))
+                setattr(module, part, sys.modules[full])
+                _installed.append(full)
         _finder.distributions[distribution] = Distribution(distribution, version, name)
     if _finder not in sys.meta_path:
         # First: metadata of a real package of that name must not win over `replace`.

@@ -3,6 +3,9 @@
 Frameworks hand the same cu_seqlens, mask or positions to every layer. Reading them on the host
 costs a synchronisation, so answers are remembered per tensor object and version, weakly: a tensor
 that is gone or was written to is asked again.
+
+:func:`unpad_input` and :func:`pad_input` are the helpers that code written for flash_attn imports
+beside its functions.
 """
 
 from __future__ import annotations
@@ -14,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Remembered", "cu_from_lengths", "equal"]
+__all__ = [
+    "Remembered",
+    "cu_from_lengths",
+    "equal",
+    "index_first_axis",
+    "pad_input",
+    "unpad_input",
+]
 
 
 class Remembered:
@@ -53,3 +63,36 @@ def equal(a: Tensor | None, b: Tensor | None) -> bool:
 def cu_from_lengths(lengths: Tensor) -> Tensor:
     """(B) lengths to int32 (B + 1) offsets, 0 first."""
     return nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
+    """Rows ``indices`` of (N, ...)."""
+    return x.index_select(0, indices)
+
+
+def unpad_input(
+    hidden_states: Tensor, attention_mask: Tensor, unused_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """Drop the padding: the real tokens of all rows, one after the other.
+
+    Args:
+        hidden_states: (B, S, ...). attention_mask: (B, S), nonzero for tokens to keep.
+        unused_mask: (B, S), tokens to keep as well without counting them as used.
+
+    Returns:
+        (total, ...); their positions in the flattened (B S); cu_seqlens int32 (B + 1); the longest
+        row; and the used tokens of each row, int32 (B).
+    """
+    used = attention_mask.bool()
+    kept = used if unused_mask is None else used | unused_mask.bool()
+    lengths = kept.sum(1)
+    indices = kept.flatten().nonzero().flatten()
+    rows = index_first_axis(hidden_states.flatten(0, 1), indices)
+    longest = int(lengths.max()) if lengths.numel() else 0
+    return rows, indices, cu_from_lengths(lengths), longest, used.sum(1, dtype=torch.int32)
+
+
+def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
+    """The way back: (total, ...) to (batch, seqlen, ...), zeros where nothing was."""
+    full = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
+    return full.index_copy(0, indices, hidden_states).view(batch, seqlen, *full.shape[1:])

@@ -252,3 +252,63 @@ def test_a_reason_is_logged_once_either_way(caplog):
         assert lenient.refuse("x: not served", lambda: "original") == "original"
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
     assert policy.fallback_counts() == {("somewhere", "x: not served"): 3}
+
+
+def test_padding_helpers_are_each_others_inverse():
+    from fa3_train.integrations import lengths
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 2, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 1, 1]])
+    rows, indices, cu, longest, used = lengths.unpad_input(x, mask)
+    assert cu.tolist() == [0, 3, 3, 7] and longest == 4 and used.tolist() == [3, 0, 4]
+    assert cu.dtype == used.dtype == torch.int32
+    back = lengths.pad_input(rows, indices, 3, 5)
+    assert torch.equal(back, x * mask[..., None])
+    back.sum().backward()
+    assert torch.equal(x.grad, mask[..., None].expand_as(x).float())
+    _, _, cu, _, used = lengths.unpad_input(x, mask, 1 - mask)
+    assert cu.tolist() == [0, 5, 10, 15] and used.tolist() == [3, 0, 4]
+
+
+DISCOVERY = """
+import sys
+import torch
+if not torch.cuda.is_available():  # transformers wants a GPU before it looks for the packages
+    torch.cuda.is_available = lambda: True
+    torch.cuda.get_device_capability = lambda *a: (9, 0)
+    device, dtype, close = "cpu", torch.float32, 1e-5
+else:
+    device, dtype, close = "cuda", torch.bfloat16, 0.0
+from fa3_train.integrations import flash_attn, hf
+flash_attn.install("flash_attn", "flash_attn_interface")
+from transformers import LlamaConfig, LlamaForCausalLM
+hf.register()
+config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=97,
+                     num_attention_heads=4, num_key_value_heads=2, use_cache=False)
+ids = torch.randint(3, 97, (2, 19), device=device)
+mask = torch.ones_like(ids)
+mask[0, :5] = 0
+outs = {}
+for name in ("fa3_train", "flash_attention_3", "flash_attention_2"):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(config, attn_implementation=name, dtype=dtype).to(device)
+    assert model.config._attn_implementation == name, model.config._attn_implementation
+    outs[name] = [model(ids).logits, model(ids, attention_mask=mask).logits[mask.bool()]]
+for name in ("flash_attention_3", "flash_attention_2"):
+    for a, b in zip(outs[name], outs["fa3_train"]):
+        torch.testing.assert_close(a, b, rtol=close, atol=close)
+module = sys.modules["transformers.modeling_flash_attention_utils"]
+print("found", module._flash_fn.__module__ if hasattr(module, "_flash_fn") else "")
+"""
+
+
+def test_transformers_finds_and_runs_it_as_flash_attention_2_and_3():
+    import subprocess
+
+    pytest.importorskip("transformers")
+    done = subprocess.run(
+        [sys.executable, "-c", DISCOVERY], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("found")
