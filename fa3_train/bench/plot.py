@@ -107,7 +107,7 @@ def draw_bars(result: dict[str, Any], path: Path) -> Path | None:
     axis.set_xticks(places, list(groups), fontsize=8)
     axis.set_ylabel(unit)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     facts = result["machine"]
     axis.set_title(
         f"{result['what']}, {facts.get('gpu', 'no GPU')}, CUDA {facts['cuda']}, torch "
