@@ -13,12 +13,12 @@ is compared with:
                              beside those of one GPU, where two runs show what atomics do by
                              themselves
 
-Every cell is what `python -m fa3_train` runs (`Trainer`). *Efficiency* is tokens/s per GPU over that
-on one GPU; on one GPU FSDP2 and context parallelism are plain training. *Exposed communication* is
-the part of a step in which NCCL kernels run and no other kernel does, from the profiler's records
-of two steps that are not timed; time in which a GPU waits for another counts, because it looks the
-same; of the ranks the one with most of it. Times are rank 0's, medians over the steps after the
-first `--skip`.
+Every cell is what `python -m fa3_train` runs (`Trainer`). *Efficiency* is tokens/s per GPU over
+that on one GPU; on one GPU FSDP2 and context parallelism are plain training. *Exposed
+communication* is the part of a step in which NCCL kernels run and no other kernel does, from the
+profiler's records of two steps that are not timed; time in which a GPU waits for another counts,
+because it looks the same; of the ranks the one with most of it. Times are rank 0's, medians over
+the steps after the first `--skip`.
 """
 
 from __future__ import annotations

@@ -161,6 +161,7 @@ _ATTENTION_OPERATORS = frozenset(
     {
         "fa3_train::attn_fwd",
         "fa3_train::attn_fp8_fwd",
+        "fa3_train::ring_fwd",
         "aten::_scaled_dot_product_flash_attention",
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",

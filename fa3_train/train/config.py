@@ -21,6 +21,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+# Processes on this machine, as torchrun and DeepSpeed's launcher say it.
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+
 __all__ = [
     "AttentionSection",
     "CheckpointSection",
@@ -248,7 +251,8 @@ class TrainConfig:
         eight, where no launcher says how many it has)."""
         if self.parallel.context:
             return self.parallel.context
-        return max(1, min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "8"))))
+        local = next((os.environ[n] for n in _LOCAL_SIZES if os.environ.get(n)), "8")
+        return max(1, min(world_size, int(local)))
 
     def context_method(self, ranks: int) -> str:
         """How `ranks` ranks share a sequence: "ulysses", "ring" or "gather"."""

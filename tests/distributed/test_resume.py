@@ -72,6 +72,7 @@ def test_resume_is_bitwise(finished, tmp_path, name):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert losses(folder) == losses(finished(name))
     assert steps_of(folder) == [6, 4, 2]
+    assert done.stdout.count("metrics.jsonl") == 1  # rank 0 alone speaks
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp-fp32"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 import processes  # noqa: E402
@@ -15,6 +16,8 @@ import processes  # noqa: E402
 from fa3_train import reference  # noqa: E402
 from fa3_train.integrations import context_parallel as cp  # noqa: E402
 from fa3_train.integrations import ring, ulysses  # noqa: E402
+from fa3_train.modules import layer  # noqa: E402
+from fa3_train.ops import attention  # noqa: E402
 
 B, H, HKV, D = 2, 4, 2, 8
 
@@ -54,7 +57,7 @@ def _leaves_and_dout(rank, ranks, row):
 
 def _all_cases(rank, ranks):
     """One process start for everything: {case: (out, dq, dk, dv)}."""
-    results = {}
+    results = {"calls": _kept_by_checkpointing(rank, ranks)}
     for causal in (True, False):
         leaves, dout = _leaves_and_dout(rank, ranks, row=False)
         out = cp.ring_attention(*leaves, causal=causal, backend="reference")
@@ -74,6 +77,32 @@ def _all_cases(rank, ranks):
     return results
 
 
+def _kept_by_checkpointing(rank, ranks):
+    """Calls of the attention kernel in a backward: (without, with "selective" checkpointing)."""
+    calls = 0
+    kernel = attention.attn_fwd
+
+    def counted(*args, **options):
+        nonlocal calls
+        calls += 1
+        return kernel(*args, **options)
+
+    def run(*leaves):
+        return cp.ring_attention(*leaves, cu_seqlens=[0, 5, SEQLEN], backend="reference")
+
+    counts, grads = [], []
+    attention.attn_fwd = counted
+    for options in ({}, {"context_fn": layer._keep_attention}):
+        leaves, dout = _leaves_and_dout(rank, ranks, row=True)
+        out = checkpoint(run, *leaves, use_reentrant=False, **options)
+        calls = 0
+        grads.append(torch.autograd.grad(out, leaves, dout))
+        counts.append(calls)
+    attention.attn_fwd = kernel
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    return counts
+
+
 def _ulysses(rank, ranks, cu):
     *leaves, dout = (x[0].chunk(ranks, 0)[rank] for x in _inputs(SEQLEN, 1))
     leaves = [x.requires_grad_() for x in leaves]
@@ -91,6 +120,7 @@ def _ulysses(rank, ranks, cu):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_equal_to_one_process(ranks):
     shares = processes.run(ranks, _all_cases)
+    assert all(share["calls"][0] >= 1 and share["calls"][1] == 0 for share in shares)
     for causal in (True, False):
         got = [share["ring", causal] for share in shares]
         _check(got, _truth(*_inputs(SEQLEN), causal), dim=1)
