@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fa3_train.checks import require
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
+from fa3_train.reference_fp8 import HEAD_DIMS, random_signs
 
 __all__ = ["CoreAttention", "fp8_self_attention", "supports", "swap_core_attention"]
 
@@ -98,6 +99,7 @@ class CoreAttention(nn.Module):
 
     policy = _policy
     original_spec: Any = None
+    rotates = False  # whether q and k arrive before RoPE
 
     def __init__(
         self,
@@ -211,12 +213,20 @@ class CoreAttention(nn.Module):
             if None in longest:
                 longest = (int(cu_q.diff().max()), int(cu_k.diff().max()))
             q, k, v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (query, key, value))
-            out = attention.flash_attn_varlen_func(
-                q, k, v, cu_q.int(), cu_k.int(), *map(int, longest), **options
-            )
-            return out.flatten(-2)
+            starts_q = cu_q.int()
+            starts_k = starts_q if cu_k is cu_q else cu_k.int()
+            lengths = (starts_q, starts_k, *map(int, longest))
+            return self._attend(q, k, v, lengths, options).flatten(-2)
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))
-        return attention.flash_attn_func(q, k, v, **options).transpose(0, 1).flatten(-2)
+        return self._attend(q, k, v, (), options).transpose(0, 1).flatten(-2)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: tuple[Any, ...], options: dict[str, Any]
+    ) -> Tensor:
+        """(B, S, H, D), or (T, H, D) with ``packed``: cu_seqlens and longest lengths, q then k."""
+        if packed:
+            return attention.flash_attn_varlen_func(q, k, v, *packed, **options)
+        return attention.flash_attn_func(q, k, v, **options)
 
 
 def _attention_submodules(spec: Any) -> Any:
@@ -250,6 +260,10 @@ def swap_core_attention(spec: Any, core: Any = CoreAttention, *, policy: str = "
     spec = copy.deepcopy(spec)
     submodules = _attention_submodules(spec)
     if rule.mode == "warn":
+        require(
+            not getattr(core, "rotates", False), "policy",
+            "must be 'error' with a core that rotates q and k itself", repr(policy),
+        )  # fmt: skip
         before = {"policy": rule, "original_spec": submodules.core_attention}
         core = type(core.__name__, (core,), before)
     submodules.core_attention = core
@@ -257,37 +271,58 @@ def swap_core_attention(spec: Any, core: Any = CoreAttention, *, policy: str = "
 
 
 class _Fp8Core(CoreAttention):
-    """The core of :func:`fp8_self_attention`: q and k arrive not yet rotated."""
+    """The core of :func:`fp8_self_attention`: q and k arrive not yet rotated.
 
+    Args: those of :class:`CoreAttention`. The signs of the Hadamard transform are drawn from the
+        layer's number and kept in the state.
+    """
+
+    rotates = True
     rotary: tuple[Tensor, Tensor] | None = None
     interleaved = False
+    backend = "auto"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
         if self.softmax_offset is not None:
             self.policy.refuse("softmax_type: 'learnable' is not served in FP8")
+        channels = config.kv_channels or config.hidden_size // config.num_attention_heads
+        require(
+            channels in HEAD_DIMS,
+            "config.kv_channels",
+            f"must be from {HEAD_DIMS} in FP8",
+            channels,
+        )
+        self.register_buffer("signs", random_signs(channels, self.layer_number))
 
-    def forward(self, query, key, value, attention_mask=None, /, **kwargs):  # type: ignore[override]
-        from fa3_train.ops import fp8
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, packed: tuple[Any, ...], options: dict[str, Any]
+    ) -> Tensor:
+        from fa3_train.ops import attention_fp8
 
-        if kwargs.get("packed_seq_params") is not None:
-            self.policy.refuse("packed_seq_params: not served by the FP8 self-attention")
-        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
         cos, sin = self.rotary if self.rotary is not None else (None, None)
-        out = fp8.flash_attn_fp8_func(
-            q, k, v, self.softmax_scale, "causal" in _mask_name(self.attn_mask_type),
-            cos=cos, sin=sin, interleaved=self.interleaved, window_size=self.window_size,
-        )  # fmt: skip
-        return out.transpose(0, 1).flatten(-2)
+        options = {k: x for k, x in options.items() if k != "sink"}
+        options |= {
+            "cos": cos, "sin": sin, "signs": self.signs.float(), "interleaved": self.interleaved,
+            "backend": self.backend,
+        }  # fmt: skip
+        if packed:
+            return attention_fp8.flash_attn_fp8_varlen_func(q, k, v, *packed, **options)
+        return attention_fp8.flash_attn_fp8_func(q, k, v, **options)
 
 
 def fp8_self_attention() -> type:
     """A subclass of Megatron's ``SelfAttention`` whose core does RoPE, Hadamard and FP8 in one.
 
-    Use it as ``self_attention.module`` of a layer spec whose core is ours::
+    Use it as ``self_attention.module`` of a layer spec whose core is its own::
 
-        spec = megatron.swap_core_attention(spec, megatron.fp8_self_attention().core)
-        spec.submodules.self_attention.module = megatron.fp8_self_attention()
+        attention = megatron.fp8_self_attention()
+        spec = megatron.swap_core_attention(spec, attention.core)
+        spec.submodules.self_attention.module = attention
+
+    Forward in FP8 with block scales, backward in 16 bits (see ``fa3_train.flash_attn_fp8_func``);
+    dense and packed batches, partial and interleaved rotations. Megatron's ``rotary_pos_emb`` must
+    be one table for q and k.
     """
     from megatron.core.transformer.attention import SelfAttention
 

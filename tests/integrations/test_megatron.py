@@ -11,6 +11,7 @@ import torch
 
 from fa3_train import reference
 from fa3_train.integrations import megatron, policy
+from fa3_train.numerics import AGREEMENT_FP8, relative_rms_error
 
 S, B, H, HKV, D = 11, 2, 4, 2, 8
 
@@ -178,11 +179,11 @@ def test_swap_in_a_real_layer_spec(mcore):
         megatron.swap_core_attention(types.SimpleNamespace(submodules=None))
 
 
-def test_values_of_a_whole_megatron_self_attention(mcore, tmp_path, monkeypatch):
-    """Megatron's SelfAttention, RoPE and projections, with its own core and with ours."""
+@pytest.fixture
+def one_rank(mcore, tmp_path, monkeypatch):
+    """Megatron's groups with one process, on a machine without a GPU."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.transformer.spec_utils import build_module
 
     if not torch.cuda.is_available():  # where Megatron's own core allocates its buffers
         monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
@@ -191,34 +192,85 @@ def test_values_of_a_whole_megatron_self_attention(mcore, tmp_path, monkeypatch)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/g", rank=0, world_size=1)
     try:
         parallel_state.initialize_model_parallel()
-        config = mcore.config(
-            num_layers=1, hidden_size=H * D, num_attention_heads=H, num_query_groups=HKV,
-            attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True,
-            params_dtype=torch.float32, masked_softmax_fusion=False,
-        )  # fmt: skip
-        x = torch.randn(S, B, H * D)
-        # Megatron's table (S, 1, 1, D), halves repeated; its own class puts it on the GPU.
-        angles = torch.arange(S)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)
-        angles = torch.cat([angles, angles], -1)[:, None, None]
-        mask = torch.ones(1, 1, S, S, dtype=torch.bool).triu(1)
-        outs = []
-        state = None
-        for spec in (
-            mcore.spec(),
-            megatron.swap_core_attention(mcore.spec(), policy="warn"),
-            megatron.swap_core_attention(mcore.spec()),
-        ):
-            layer = build_module(
-                spec.submodules.self_attention, config=config, layer_number=1
-            ).eval()  # fmt: skip
-            state = state or layer.state_dict()
-            layer.load_state_dict(state)
-            outs.append(layer(x, mask, rotary_pos_emb=angles)[0])
-            if spec is not None and isinstance(layer.core_attention, megatron.CoreAttention):
-                assert layer.state_dict().keys() == state.keys()
-        for out in outs[1:]:
-            torch.testing.assert_close(out, outs[0], rtol=1e-4, atol=1e-5)
-        assert isinstance(layer.core_attention, megatron.CoreAttention)
+        yield
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _self_attention(mcore, spec, dtype, head_dim):
+    from megatron.core.transformer.spec_utils import build_module
+
+    config = mcore.config(
+        num_layers=1, hidden_size=H * head_dim, num_attention_heads=H, num_query_groups=HKV,
+        attention_dropout=0.0, hidden_dropout=0.0, use_cpu_initialization=True,
+        params_dtype=dtype, masked_softmax_fusion=False, bf16=dtype == torch.bfloat16,
+    )  # fmt: skip
+    return build_module(spec.submodules.self_attention, config=config, layer_number=1).eval()
+
+
+def _angles(length, head_dim):
+    """Megatron's table (S, 1, 1, D), halves repeated; its own class puts it on the GPU."""
+    angles = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
+    return torch.cat([angles, angles], -1)[:, None, None]
+
+
+def test_values_of_a_whole_megatron_self_attention(mcore, one_rank):
+    """Megatron's SelfAttention, RoPE and projections, with its own core and with ours."""
+    x = torch.randn(S, B, H * D)
+    mask = torch.ones(1, 1, S, S, dtype=torch.bool).triu(1)
+    outs, state = [], None
+    for spec in (
+        mcore.spec(),
+        megatron.swap_core_attention(mcore.spec(), policy="warn"),
+        megatron.swap_core_attention(mcore.spec()),
+    ):
+        layer = _self_attention(mcore, spec, torch.float32, D)
+        state = state or layer.state_dict()
+        assert layer.state_dict().keys() == state.keys()
+        layer.load_state_dict(state)
+        outs.append(layer(x, mask, rotary_pos_emb=_angles(S, D))[0])
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-4, atol=1e-5)
+    assert isinstance(layer.core_attention, megatron.CoreAttention)
+
+
+def test_fp8_self_attention_owns_the_rotation(mcore, one_rank):
+    """As near to Megatron's bf16 self-attention as FP8 is; RoPE happens once, inside."""
+    length, head_dim = 70, 64
+    attention = megatron.fp8_self_attention()
+    spec = megatron.swap_core_attention(mcore.spec(), attention.core)
+    spec.submodules.self_attention.module = attention
+    torch.manual_seed(0)
+    x = torch.randn(length, B, H * head_dim, dtype=torch.bfloat16)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    angles = _angles(length, head_dim)
+    theirs = _self_attention(mcore, mcore.spec(), torch.bfloat16, head_dim)
+    ours = _self_attention(mcore, spec, torch.bfloat16, head_dim)
+    with torch.no_grad():
+        theirs.linear_qkv.weight.mul_(3)  # scores that matter, so that RoPE does
+    missing = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert missing.missing_keys == ["core_attention.signs"] and not missing.unexpected_keys
+    results = []
+    for layer, how in ((theirs, {"rotary_pos_emb": angles}), (ours, {"rotary_pos_emb": angles})):
+        given = x.clone().requires_grad_()
+        out = layer(given, mask, **how)[0]
+        out.float().square().sum().backward()
+        results.append((out.detach(), given.grad))
+    for a, b in zip(*results, strict=True):
+        assert relative_rms_error(b, a) < AGREEMENT_FP8
+    ours.core_attention.rotary = None
+    unrotated = ours(x, mask)[0].detach()
+    assert relative_rms_error(unrotated, results[0][0]) > 2 * AGREEMENT_FP8
+
+    packed = torch.randn(length, 1, H * head_dim, dtype=torch.bfloat16)
+    cu = torch.tensor([0, 30, length], dtype=torch.int32)
+    params = _packed(cu, max_seqlen_q=40, max_seqlen_kv=40)
+    out = ours(packed, None, rotary_pos_emb=angles, packed_seq_params=params)[0]
+    parts = [
+        ours(part, mask[..., : len(part), : len(part)], rotary_pos_emb=angles[: len(part)])[0]
+        for part in packed.split([30, 40])
+    ]
+    assert relative_rms_error(out, torch.cat(parts)) < 0.01 * AGREEMENT_FP8
+    with pytest.raises(ValueError, match="policy: must be 'error' with a core that rotates"):
+        megatron.swap_core_attention(mcore.spec(), attention.core, policy="warn")
