@@ -24,6 +24,12 @@ def _config(kind: str):
         return t.MistralConfig(**COMMON, sliding_window=7)
     if kind == "qwen3":
         return t.Qwen3Config(**COMMON)
+    if kind == "qwen2":  # windows on its upper layers only
+        return t.Qwen2Config(
+            **COMMON, use_sliding_window=True, sliding_window=7, max_window_layers=1
+        )
+    if kind == "gemma3":
+        return t.Gemma3TextConfig(**COMMON, sliding_window=7, query_pre_attn_scalar=16)
     if kind == "gemma2":
         return t.Gemma2Config(
             **COMMON, sliding_window=7, attn_logit_softcapping=3.0, query_pre_attn_scalar=16
@@ -35,7 +41,7 @@ def _config(kind: str):
     raise AssertionError(kind)
 
 
-KINDS = ["llama", "mistral", "qwen3", "gemma2", "gpt_oss"]
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss"]
 
 
 def _pair(kind: str):
