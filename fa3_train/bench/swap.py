@@ -3,20 +3,21 @@
     python -m fa3_train.bench swap --framework hf --layers fit --out docs/results/swap_hf
     python -m fa3_train.bench swap --framework te --layers fit --out docs/results/swap_te
 
-``hf``: a Llama-3-8B-shaped transformers model; ``te``: a stack of te.TransformerLayer of the same
-sizes. ``--layers fit`` takes as many of the 32 as the memory holds, by the peaks of a model of one
-and of two layers. Step = forward, backward, a fused AdamW step, bf16 weights and moments, no
-recomputation.
+``hf``: a Llama-3-8B-shaped transformers model and its registration; ``sdpa``: the same model under
+``sdpa_replacement``; ``torch``: the same with torch's flash backend and our kernels behind it;
+``te``: a stack of te.TransformerLayer of the same sizes, patched. ``--layers fit`` takes as many of
+the 32 as the memory holds, by the peaks of a model of one and of two layers. Step = forward,
+backward, a fused AdamW step, bf16 weights and moments, no recomputation.
 
 Time: the two attentions take turns step by step on the same weights, since a GPU's clock wanders.
 The attention's share is the time of the kernels that :data:`ATTENTION` names over all kernels, in a
 profile of one step of each; the table lists the names, so that a wrong attribution can be seen.
 
 Losses: ``--loss-layers`` layers, ``--loss-steps`` steps with a warm-up of a fifth of them, from the
-same seed on the same batches, with four attentions: before, after, before again, and torch's
-FlashAttention-2 (``sdpa_kernel(FLASH_ATTENTION)``), which nobody doubts. Its distance from the
-first is bf16 noise: two right kernels that round in another order. Ours may be twice that away.
-(``before`` again is the first kernel beside itself: the order of its atomic additions.)
+same seed on the same batches, with four attentions: before, after, before again, and another that
+nobody doubts (torch's FlashAttention-2; for ``torch``, which starts from it, cuDNN). The distance
+of that one is bf16 noise: two right kernels that round in another order. Ours may be twice that
+away. (``before`` again is the first kernel beside itself: the order of its atomic additions.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import contextlib
 import gc
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class _Model:
     """A model, and how to run it with one attention or another.
 
-    ``use`` maps ``before``, ``after`` and ``flash`` to a function that makes the switch and returns
+    ``use`` maps ``before``, ``after`` and ``other`` to a function that makes the switch and returns
     a context to run the steps in.
     """
 
@@ -78,10 +79,8 @@ def _flash_attention_2() -> Any:
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
-def _hf(args: argparse.Namespace, layers: int, seqlen: int) -> _Model:
+def _llama(args: argparse.Namespace, layers: int, seqlen: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from fa3_train.integrations import hf
 
     size = LLAMA3_8B
     config = LlamaConfig(
@@ -90,24 +89,74 @@ def _hf(args: argparse.Namespace, layers: int, seqlen: int) -> _Model:
         num_hidden_layers=layers, use_cache=False, max_position_embeddings=seqlen,
         rope_theta=500000.0,
     )  # fmt: skip
-    name = hf.register(backend="hopper")
     with torch.device("cuda"):
-        model = LlamaForCausalLM._from_config(
+        return LlamaForCausalLM._from_config(
             config, attn_implementation=args.before, dtype=torch.bfloat16
         )
 
-    def switch(implementation: str) -> Any:
-        model.set_attn_implementation(implementation)
-        return contextlib.nullcontext()
 
-    def flash() -> Any:
-        model.set_attn_implementation("sdpa")
-        return _flash_attention_2()
+def _hf(args: argparse.Namespace, layers: int, seqlen: int) -> _Model:
+    from fa3_train.integrations import hf
+
+    model = _llama(args, layers, seqlen)
+    name = hf.register(backend="hopper")
+
+    def switch(implementation: str, context: Any = None) -> Any:
+        model.set_attn_implementation(implementation)
+        return context or contextlib.nullcontext()
 
     return _Model(
         model,
         lambda tokens: model(tokens, labels=tokens).loss,
-        {"before": lambda: switch(args.before), "after": lambda: switch(name), "flash": flash},
+        {
+            "before": lambda: switch(args.before),
+            "after": lambda: switch(name),
+            "other": lambda: switch("sdpa", _flash_attention_2()),
+        },
+    )
+
+
+def _sdpa(args: argparse.Namespace, layers: int, seqlen: int) -> _Model:
+    from fa3_train.integrations.sdpa import sdpa_replacement
+
+    model = _llama(args, layers, seqlen)
+    return _Model(
+        model,
+        lambda tokens: model(tokens, labels=tokens).loss,
+        {
+            "before": contextlib.nullcontext,
+            "after": lambda: sdpa_replacement(backend="hopper"),
+            "other": _flash_attention_2,
+        },
+    )
+
+
+@contextlib.contextmanager
+def _registered() -> Iterator[None]:
+    from torch.nn import attention
+
+    from fa3_train.integrations import torch_flash
+
+    attention.activate_flash_attention_impl(torch_flash.register(backend="hopper"))
+    try:
+        with _flash_attention_2():  # the backend, which is ours for the moment
+            yield
+    finally:
+        attention.restore_flash_attention_impl()
+
+
+def _torch(args: argparse.Namespace, layers: int, seqlen: int) -> _Model:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = _llama(args, layers, seqlen)
+    return _Model(
+        model,
+        lambda tokens: model(tokens, labels=tokens).loss,
+        {
+            "before": _flash_attention_2,
+            "after": _registered,
+            "other": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+        },
     )
 
 
@@ -153,11 +202,14 @@ def _te(args: argparse.Namespace, layers: int, seqlen: int) -> _Model:
     return _Model(
         model, loss,
         {"before": lambda: switch(None), "after": lambda: switch("hopper"),
-         "flash": lambda: switch("sdpa")},
+         "other": lambda: switch("sdpa")},
     )  # fmt: skip
 
 
-_MODELS: dict[str, Callable[[argparse.Namespace, int, int], _Model]] = {"hf": _hf, "te": _te}
+_MODELS: dict[str, Callable[[argparse.Namespace, int, int], _Model]] = {
+    "hf": _hf, "sdpa": _sdpa, "torch": _torch, "te": _te,
+}  # fmt: skip
+_FLASH = "torch's FlashAttention-2"
 
 
 def _build(args: argparse.Namespace, layers: int, seqlen: int) -> tuple[_Model, Any]:
@@ -282,7 +334,11 @@ def measure_time(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "what": "swap",
         "framework": args.framework,
-        "before": {"hf": args.before, "te": "TransformerEngine's choice"}[args.framework],
+        "before": {
+            "hf": args.before, "sdpa": "torch's choice", "torch": _FLASH,
+            "te": "TransformerEngine's choice",
+        }[args.framework],
+        "other": "torch's cuDNN attention" if args.framework == "torch" else _FLASH,
         "command": args.command,
         "machine": machine(),
         "settings": {"layers": layers, "seqlen": args.seqlen, "batch": args.batch,
@@ -300,14 +356,14 @@ def add_losses(args: argparse.Namespace, result: dict[str, Any]) -> None:
     batches = _batches(args, args.loss_steps, args.loss_seqlen)
     losses = {}
     for label, name in (
-        ("before", "before"), ("again", "before"), ("flash", "flash"), ("after", "after")
+        ("before", "before"), ("again", "before"), ("other", "other"), ("after", "after")
     ):  # fmt: skip
         losses[label] = _losses(args, name, batches)
         _release()
     distances = {
-        label: _distance(losses[label], losses["before"]) for label in ("again", "flash", "after")
+        label: _distance(losses[label], losses["before"]) for label in ("again", "other", "after")
     }
-    ours, noise = distances["after"], distances["flash"]
+    ours, noise = distances["after"], distances["other"]
     result["losses"] = {
         "settings": {"layers": args.loss_layers, "seqlen": args.loss_seqlen, "lr": args.lr},
         "curves": losses,
@@ -343,7 +399,7 @@ def table(result: dict[str, Any]) -> str:
         ]
         names = {
             "before": result["before"], "again": f"{result['before']}, again",
-            "flash": "torch's FlashAttention-2", "after": "fa3_train",
+            "other": result["other"], "after": "fa3_train",
         }  # fmt: skip
         for label, name in names.items():
             c, d = curves[label], distances.get(label)
@@ -351,7 +407,7 @@ def table(result: dict[str, Any]) -> str:
             tail = statistics.fmean(c[-10:])
             lines.append(f"| {name} | {c[0]:.5f} | {c[-1]:.5f} | {tail:.5f} | {far} |")
         verdict = "within" if x["within_noise"] else "OUTSIDE"
-        lines += ["", f"fa3_train is {verdict} twice the distance of FlashAttention-2."]
+        lines += ["", f"fa3_train is {verdict} twice the distance of {result['other']}."]
     return "\n".join(lines)
 
 
