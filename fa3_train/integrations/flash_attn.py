@@ -294,9 +294,15 @@ def _fa3_varlen_func(
     )  # fmt: skip
 
 
-def _with_kvcache(*args: Any, **kwargs: Any):
-    """Decoding with a KV cache: this library is for training."""
-    _refuse("flash_attn_with_kvcache: decoding with a KV cache is not served")
+def _for_inference(name: str, what: str) -> Any:
+    def function(*args: Any, **kwargs: Any) -> NoReturn:
+        _refuse(f"{name}: {what} is not served")
+
+    function.__name__, function.__doc__ = name, "This library is for training."
+    return function
+
+
+_with_kvcache = _for_inference("flash_attn_with_kvcache", "decoding with a KV cache")
 
 
 def _fa3_forward(
@@ -390,7 +396,9 @@ fa3 = _namespace(
         "flash_attn_func": _fa3_func,
         "flash_attn_qkvpacked_func": _fa3_qkvpacked_func,
         "flash_attn_varlen_func": _fa3_varlen_func,
+        "flash_attn_combine": _for_inference("flash_attn_combine", "combining splits"),
         "flash_attn_with_kvcache": _with_kvcache,
+        "get_scheduler_metadata": _for_inference("get_scheduler_metadata", "a foreign schedule"),
         "_flash_attn_forward": _fa3_forward,
         "_flash_attn_backward": _fa3_backward,
     },

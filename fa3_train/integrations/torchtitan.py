@@ -151,29 +151,31 @@ def inner_attention(base: type | None = None) -> type:
             self.window_size = config.window_size
             self.backend = config.backend
 
+        # torchtitan's sharding names the arguments of its VarlenAttention.forward.
         def forward(
-            self, q: Tensor, k: Tensor, v: Tensor, *, attention_masks: Any = None,
+            self, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, *, attention_masks: Any = None,
             scale: float | None = None, out_transform: Any = None, **kwargs: Any,
         ) -> Tensor:  # fmt: skip
-            reason = supports(attention_masks=attention_masks, dimensions=q.dim(), **kwargs)
+            reason = supports(attention_masks=attention_masks, dimensions=q_TNH.dim(), **kwargs)
             if reason is not None:
                 theirs = super().forward
                 return self._policy.refuse(
                     reason,
                     lambda: theirs(
-                        q, k, v, attention_masks=attention_masks, scale=scale,
+                        q_TNH, k_TNH, v_TNH, attention_masks=attention_masks, scale=scale,
                         out_transform=out_transform, **kwargs,
                     ),
                 )  # fmt: skip
-            narrow = q.dtype if q.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+            wide = q_TNH.dtype
+            narrow = wide if wide in (torch.bfloat16, torch.float16) else torch.bfloat16
             out = varlen_attention(
-                q.to(narrow), k.to(narrow), v.to(narrow), attention_masks, scale=scale,
-                window_size=self.window_size, backend=self.backend,
+                q_TNH.to(narrow), k_TNH.to(narrow), v_TNH.to(narrow), attention_masks,
+                scale=scale, window_size=self.window_size, backend=self.backend,
                 out_transform=None
                 if out_transform is None
-                else lambda out, lse: out_transform(out.to(q.dtype), lse),
+                else lambda out, lse: out_transform(out.to(wide), lse),
             )  # fmt: skip
-            return out.to(q.dtype)
+            return out.to(wide)
 
     return Fa3Attention
 

@@ -200,6 +200,28 @@ def test_a_model_of_the_real_package(monkeypatch):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * float(a.abs().max() + 1e-6))
 
 
+def test_arguments_and_sharding_of_the_real_package():
+    """Its tensor-parallel plan names the forward's arguments, and is kept by the converter."""
+    import inspect
+
+    attention = pytest.importorskip("torchtitan.models.common.attention")
+    from torchtitan.models.llama3 import llama3_configs
+    from torchtitan.models.llama3.sharding import set_llama3_sharding_config
+
+    ours = titan.inner_attention()
+    for method in (attention.VarlenAttention.forward, ours.forward):
+        assert list(inspect.signature(method).parameters)[1:4] == ["q_TNH", "k_TNH", "v_TNH"]
+    configs = [llama3_configs["debugmodel"]("varlen") for _ in range(2)]
+    titan.converter().Config().build().convert(configs[0])
+    for config in configs:  # before the swap or after it
+        set_llama3_sharding_config(config, enable_sp=False)
+    titan.use_in(configs[1])
+    for config in configs:
+        inner = config.layers[0].attention.inner_attention
+        assert type(inner) is not attention.VarlenAttention.Config
+        assert set(inner.sharding_config.in_src_shardings) == {"q_TNH", "k_TNH", "v_TNH"}
+
+
 def test_save_list_of_the_real_package():
     ac = pytest.importorskip("torchtitan.distributed.activation_checkpoint")
 
