@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -45,12 +46,13 @@ from fa3_train.bench.curves_report import Run, as_record, table, tail, write
 from fa3_train.bench.fp8_variants import VARIANTS
 from fa3_train.train.plots import read_metrics
 
-_POLL_S = 0.05
+_POLL_S = 0.1
 _FIXED = (
     "logging=quiet",
     "logging.attention_every=0",
     "run.gpus=0",
     "checkpoint=none",
+    "checkpoint.every=0",  # recipes set it, and theirs comes after the group's
 )
 _TINY = (
     "recipe=quickstart",
@@ -180,63 +182,76 @@ def plan(suite: Suite, args: argparse.Namespace, work: Path) -> list[Run]:
             if series.variant:
                 module = ["fa3_train.bench.fp8_variants", series.variant]
             command = [sys.executable, "-m", *module, *line]
-            runs.append(Run(series.name, seed, command, folder, steps, kill_at))
+            runs.append(Run(series.name, seed, command, folder, steps, kill_at, args.limit))
     return runs
 
 
 def execute(run: Run) -> Run:
-    """Train, kill and resume as planned; read the metrics. Errors end up in `run.error`."""
+    """Train, kill and resume as planned; read the metrics, also of a run that failed.
+
+    Errors end up in `run.error`.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     metrics = run.folder / "metrics.jsonl"
+    deadline = time.monotonic() + run.limit_s
     try:
         if run.kill_at is not None:
-            _train(run, kill_at=run.kill_at)
+            _train(run, deadline, kill_at=run.kill_at)
             run.before_kill = _losses(read_metrics(metrics)[1])
-            before = len(metrics.read_text().splitlines())
-            _train(run)
+        _train(run, deadline)
+        if run.kill_at is not None:
             run.resumed_after = _resumed_after(metrics)
-            assert before, "killed before the first step was logged"
-        else:
-            _train(run)
-        run.info, steps, evals = read_metrics(metrics)
-        run.losses = _losses(steps)
-        run.norms = {row["step"]: row["grad_norm"] for row in steps}
-        run.evals = {row["step"]: row["val_loss"] for row in evals}
-        late = [row["step_ms"] for row in steps[len(steps) // 5 :]]
-        run.step_ms = statistics.median(late) if late else None
-        if len(run.losses) != run.steps:
-            run.error = f"{len(run.losses)} of {run.steps} steps are in {metrics}"
     except (OSError, ValueError, RuntimeError) as error:
         run.error = str(error)
+    if metrics.exists():
+        _read(run, metrics)
+    if run.error is None and len(run.losses) != run.steps:
+        run.error = f"{len(run.losses)} of {run.steps} steps are in {metrics}"
     outcome = run.error or f"loss {tail(run.losses, 50):.4f}, {run.step_ms:.1f} ms a step"
     print(f"{run.series}, seed {run.seed}: {outcome}", flush=True)
     return run
 
 
-def _train(run: Run, kill_at: int | None = None) -> None:
+def _read(run: Run, metrics: Path) -> None:
+    run.info, steps, evals = read_metrics(metrics)
+    run.losses = _losses(steps)
+    run.evals = {row["step"]: row["val_loss"] for row in evals}
+    late = [row["step_ms"] for row in steps[len(steps) // 5 :]]
+    run.step_ms = statistics.median(late) if late else None
+
+
+def _train(run: Run, deadline: float, kill_at: int | None = None) -> None:
     """One life of the process. RuntimeError where it does not end as it should."""
     log = run.folder / "output.log"
     with log.open("ab") as stream:
         process = subprocess.Popen(
             run.command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
         )
-    if kill_at is not None:
-        while process.poll() is None and _last_step(run.folder) < kill_at:
-            time.sleep(_POLL_S)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return
-    if process.wait() != 0 or kill_at is not None:
+    late = reached = False
+    while process.poll() is None and not (late or reached):
+        time.sleep(_POLL_S)
+        late = time.monotonic() > deadline
+        reached = kill_at is not None and _last_step(run.folder) >= kill_at
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.wait() == -signal.SIGKILL and reached:
+        return
+    if late:
+        raise RuntimeError(f"stopped after {run.limit_s:.0f} s, at step {_last_step(run.folder)}")
+    if process.returncode != 0 or kill_at is not None:
         text = log.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"exit code {process.returncode}: {' '.join(run.command)}\n{text}")
 
 
 def _last_step(folder: Path) -> int:
+    """Newest step in the metrics; looks at the end of the file alone."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return 0
-    return max((row["step"] for row in read_metrics(path)[1]), default=0)
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - 8192))
+        found = re.findall(rb'\{"step": (\d+), "loss"', stream.read())
+    return int(found[-1]) if found else 0
 
 
 def _losses(rows: list[dict[str, Any]]) -> dict[int, float]:
@@ -326,6 +341,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--series", nargs="+", help="only these; the first is compared with")
     parser.add_argument("--steps", type=int, help="instead of the suite's")
     parser.add_argument("--jobs", type=int, default=3, help="runs that share the device")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds that a run may take")
     parser.add_argument("--work", type=Path, help="keep the run folders here")
     parser.add_argument("--out", help="write OUT.json, OUT.md and OUT.png")
     parser.add_argument("words", nargs="*", help="key=value, as on the command line of a run")

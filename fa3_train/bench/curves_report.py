@@ -19,9 +19,9 @@ class Run:
     folder: Path
     steps: int
     kill_at: int | None = None
+    limit_s: float = 3600.0
     info: dict[str, Any] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
-    norms: dict[int, float] = field(default_factory=dict)
     evals: dict[int, float] = field(default_factory=dict)
     step_ms: float | None = None
     before_kill: dict[int, float] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 
 import pytest
@@ -50,7 +51,7 @@ def fake(tmp_path, series, seed, extra, *, kill_at=None, pace="fast"):
 
 
 def arguments(**changes):
-    values = {"seeds": None, "series": None, "steps": None, "words": []}
+    values = {"seeds": None, "series": None, "steps": None, "words": [], "limit": 60.0}
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -93,6 +94,14 @@ def test_a_run_that_fails_says_how(tmp_path):
     assert "20 of 30 steps" in execute(short).error
 
 
+def test_a_run_that_takes_too_long_keeps_what_it_has(tmp_path):
+    folder = tmp_path / "x"
+    command = [sys.executable, "-c", FAKE, str(folder), "0.0", "slow"]
+    run = execute(Run("a", 1, command, folder, 20, limit_s=0.6))
+    assert re.fullmatch(r"stopped after 1 s, at step \d+", run.error)
+    assert 0 < len(run.losses) < 20 and not judge([run], 5)[0]["seeds"]
+
+
 def test_a_killed_run_is_compared_with_its_second_life(tmp_path):
     run = fake(tmp_path, "a", 1, 0.0, kill_at=12, pace="slow")
     assert run.error is None and run.resumed_after == 8
@@ -125,6 +134,8 @@ def test_every_suite_plans_runs_that_the_configuration_takes(tmp_path, name):
         if SUITES[name].kill:
             assert 1 < config.checkpoint.every < run.kill_at < 40
             assert 2 * config.checkpoint.every > 40
+        else:
+            assert not config.checkpoint.every and not config.checkpoint.save_last
 
 
 def test_plan_takes_some_series_and_refuses_others(tmp_path):
