@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,12 @@ from fa3_train.train.engines import World, leave, start_world, stop_world
 from fa3_train.train.loop import Trainer
 from fa3_train.train.signals import StopSignal
 
+_START = time.monotonic()
 _PROFILED = 2  # steps at the end that the profiler sees
 
 _FIXED = [
     "checkpoint=none",
+    "checkpoint.async_save=false",
     "logging=quiet",
     "logging.attention_every=0",
     "run.eval_batches=0",
@@ -87,7 +90,7 @@ CELLS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--gpus", nargs="+", type=int, help="default: 1, 2, 4, 8 as available")
-    parser.add_argument("--layers", type=int, default=4, help="of the 8k cells")
+    parser.add_argument("--layers", type=int, default=8, help="of the 8k cells")
     parser.add_argument("--long-layers", type=int, default=2, help="of the 128k cells")
     parser.add_argument("--accumulation", type=int, default=1, help="of the 8k cells")
     parser.add_argument("--steps", type=int, default=12)
@@ -104,13 +107,16 @@ def main(args: argparse.Namespace) -> int:
         return _worker(args)
     available = torch.cuda.device_count()
     gpus = args.gpus or [n for n in (1, 2, 4, 8) if n <= available]
-    if max(gpus) > max(available, 1):
+    if available and max(gpus) > available:
         raise SystemExit(f"--gpus {max(gpus)}: this machine has {available}")
     failed = False
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]  # torchrun
+    alone = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     for count in gpus:
-        command = [*launcher, f"--nproc-per-node={count}", "-m", "fa3_train.bench"]
-        failed |= subprocess.run([*command, *sys.argv[1:]], check=False).returncode != 0
+        start = [*launcher, f"--nproc-per-node={count}"] if count > 1 else [sys.executable]
+        command = [*start, "-m", "fa3_train.bench", *sys.argv[1:]]
+        done = subprocess.run(command, check=False, env=alone if count == 1 else None)
+        failed |= done.returncode != 0
     if args.out and args.out.exists():
         cells = json.loads(args.out.read_text())["cells"]
         print("\n\n".join(filter(None, [table(cells), loss_table(cells)])))
@@ -272,7 +278,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _line(cell: dict[str, Any]) -> str:
-    head = f"{cell['cell']:<13} {cell['gpus']} GPU"
+    head = f"{time.monotonic() - _START:5.0f} s  {cell['cell']:<13} {cell['gpus']} GPU"
     if "error" in cell:
         return f"{head}  {cell['error'][:200]}"
     return f"{head}  " + ", ".join(
@@ -286,6 +292,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     if not cells:
         return ""
     alone = {c["cell"]: c.get("tokens_per_s_per_gpu") for c in cells if c["gpus"] == 1}
+    alone.setdefault("128k_ring", alone.get("128k_ulysses"))  # the same thing on one GPU
     lines = [
         "| run | GPUs | step ms | tokens/s per GPU | efficiency | MFU | exposed communication | "
         "communication | idle | peak GiB |",
