@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fa3_train.checks import require
+from fa3_train.integrations.policy import Policy
 from fa3_train.integrations.ring import Documents, merge, ring, to_device
 from fa3_train.ops import attention
 
@@ -49,6 +50,8 @@ __all__ = [
     "zigzag_shard",
     "zigzag_unshard",
 ]
+
+_policy = Policy("context_parallel")
 
 
 def supports(
@@ -71,7 +74,8 @@ def supports(
 
 def _require_supported(**arguments: Any) -> None:
     reason = supports(**arguments)
-    require(reason is None, "context_parallel", reason or "", arguments)
+    if reason is not None:
+        _policy.refuse(reason)
 
 
 # --- who has which tokens -------------------------------------------------------------------------

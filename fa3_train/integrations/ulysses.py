@@ -20,8 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fa3_train.checks import require
+from fa3_train.integrations.policy import Policy
 
 __all__ = ["supports", "to_heads", "to_tokens"]
+
+_policy = Policy("ulysses")
 
 
 def supports(*, heads_q: int, heads_k: int, ranks: int) -> str | None:
@@ -99,7 +102,8 @@ def to_heads(q: Tensor, k: Tensor, v: Tensor, group: Any = None) -> tuple[Tensor
         require(x.dim() == 3, name, "must have 3 dimensions (T/P, H, D)", tuple(x.shape))
     ranks = dist.get_world_size(group)
     reason = supports(heads_q=q.shape[1], heads_k=k.shape[1], ranks=ranks)
-    require(reason is None, "ulysses", reason or "", ranks)
+    if reason is not None:
+        _policy.refuse(reason)
     return _ToHeads.apply(group, q, k, v)
 
 
