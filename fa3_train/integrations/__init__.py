@@ -4,9 +4,10 @@
     hf                   register() as attn_implementation="fa3_train"
     transformer_engine   DotProductAttention and patch(model)
     megatron             core attention and a layer-spec helper
-    torchtitan           inner-attention module
+    torchtitan           inner-attention module and converter, ops for selective recomputation
     deepspeed            Ulysses around our core
     sdpa                 sdpa_replacement() for F.scaled_dot_product_attention
+    torch_flash          one of torch's own flash-attention implementations
     context_parallel     one sequence over several ranks: ring, gather; ulysses: by exchanging heads
 
 Each file has ``supports(**arguments) -> str | None``: the reason why a request is not served, or
