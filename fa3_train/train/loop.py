@@ -202,8 +202,10 @@ class Trainer:
         self._one_step(batches, [count * share for count in labels])
         last = self.step == self.config.run.steps
         self._read_statuses(drain=last)
-        if last or self.step % self.config.logging.every == 0:
-            self.logger.log(self.meter.flush())
+        # As late as statuses are read: the device has the steps in between while this is written.
+        lag = 0 if last else self.status.lag
+        if last or (self.step - lag) % self.config.logging.every == 0:
+            self.logger.log(self.meter.flush(keep=lag))
         return True
 
     def _one_step(self, batches: list[Batch], weights: list[float]) -> None:

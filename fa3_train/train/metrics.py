@@ -1,8 +1,9 @@
 """Times, throughput and utilisation of each step, without stalling the device.
 
-On a GPU every mark is a CUDA event in the stream of the step; losses and norms stay on the device.
-`flush()`, once per log interval, is the only place that waits: one copy of the interval's numbers,
-after which all its events have passed. On the CPU a mark is the host clock.
+On a GPU every mark is a CUDA event in the stream of the step, and loss and norm are copied to
+page-locked memory behind it. `flush()`, once per log interval, waits for the last step that it
+reports; with `keep` it leaves the newest steps for the next time, and the device has those to work
+on while the host reads, formats and writes. On the CPU a mark is the host clock.
 
 What the times mean:
 * `step_ms` runs from the end of the previous step to the end of this one, so that nothing between
@@ -75,6 +76,7 @@ class _Step:
     data_ms: float = 0.0
     tokens: int = 0
     sum_sq: int = 0
+    ready: Any = None  # event behind the copies of loss and norm
     loss: Tensor | float | None = None
     grad_norm: Tensor | float | None = None
     lr: float = 0.0
@@ -153,7 +155,10 @@ class StepMeter:
         if step.probed and self._probe is not None:
             self._probe.detach()
         step.end = self._last_end = self._clock.mark()
-        step.loss, step.grad_norm, step.lr = loss, grad_norm, lr
+        step.loss, step.grad_norm, step.lr = self._to_host(loss), self._to_host(grad_norm), lr
+        if self.device.type == "cuda":
+            step.ready = torch.cuda.Event()
+            step.ready.record()
         self._done.append(step)
         self._current = None
 
@@ -163,28 +168,24 @@ class StepMeter:
 
     # ---- records ----------------------------------------------------------------------------
 
-    def flush(self) -> list[dict[str, Any]]:
-        """Records of the steps since the last flush. One host sync; collective over the ranks."""
-        steps, self._done = self._done, []
-        if not steps:
+    def flush(self, keep: int = 0) -> list[dict[str, Any]]:
+        """Records of the steps since the last flush but for the newest `keep`. Waits for the last
+        of them; collective over the ranks (on the host)."""
+        count = len(self._done) - keep
+        if count <= 0:
             return []
-        own = torch.tensor(
-            [[s.tokens, s.sum_sq] for s in steps], dtype=torch.float64, device=self.device
-        )
-        own /= self.config.context_ranks(self.world_size)  # ranks that count the same sequences
-        memory = torch.tensor([self._peak_memory()], dtype=torch.float64, device=self.device)
+        steps, self._done = self._done[:count], self._done[count:]
+        if steps[-1].ready is not None:
+            steps[-1].ready.synchronize()
+        own = torch.tensor([[s.tokens, s.sum_sq] for s in steps], dtype=torch.float64)
+        memory = torch.tensor([self._peak_memory()], dtype=torch.float64)
         if self.world_size > 1 and dist.is_initialized():
             dist.all_reduce(own)
             dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        scalars = torch.stack([self._scalar(x) for s in steps for x in (s.loss, s.grad_norm)])
-        # The one wait: the copy comes after every mark in the stream.
-        values = torch.cat([scalars, own.flatten(), memory]).tolist()
-        count = len(steps)
         rows = []
-        for i, step in enumerate(steps):
-            loss, norm = values[2 * i : 2 * i + 2]
-            tokens, sum_sq = values[2 * count + 2 * i : 2 * count + 2 * i + 2]
-            rows.append(self._record(step, loss, norm, tokens, sum_sq, values[-1]))
+        for step, (tokens, sum_sq) in zip(steps, own.tolist(), strict=True):
+            loss, norm = _number(step.loss), _number(step.grad_norm)
+            rows.append(self._record(step, loss, norm, tokens, sum_sq, memory.item()))
         return rows
 
     def describe(self) -> dict[str, Any]:
@@ -275,11 +276,12 @@ class StepMeter:
             return None
         return float(sum(self._clock.ms(start, end) for start, end in calls) / total_ms)
 
-    def _scalar(self, value: Tensor | float | None) -> Tensor:
-        if isinstance(value, Tensor):
-            return value.detach().to(self.device, torch.float64).reshape(())
-        number = float("nan") if value is None else float(value)
-        return torch.tensor(number, dtype=torch.float64, device=self.device)
+    def _to_host(self, value: Tensor | float | None) -> Tensor | float | None:
+        """A device scalar as page-locked memory that it is on its way to."""
+        if not isinstance(value, Tensor) or value.device.type != "cuda":
+            return value
+        host = torch.empty((), dtype=value.dtype, pin_memory=True)
+        return host.copy_(value.detach(), non_blocking=True)
 
     def _peak_memory(self) -> float:
         """GiB: allocated on the GPU since the start, or the process's largest resident size."""
@@ -367,6 +369,10 @@ class _AttentionProbe:
         if isinstance(out, tuple) and out:
             return (self._edge_output(out[0], backward), *out[1:])
         return out
+
+
+def _number(value: Tensor | float | None) -> float:
+    return float("nan") if value is None else float(value)
 
 
 def _version(package: str) -> str | None:
