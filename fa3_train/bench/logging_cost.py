@@ -76,7 +76,8 @@ def measure(words: list[str], rounds: int) -> dict[str, Any]:
             _synchronize(world.device)
             begin = time.perf_counter()
             for _ in range(block):
-                trainer.advance()
+                if not trainer.advance():
+                    raise SystemExit("bench logging: told to stop before it was done")
             _synchronize(world.device)
             return time.perf_counter() - begin
 

@@ -48,7 +48,7 @@ COMPONENTS: tuple[tuple[str, str], ...] = (
     ("gradient sums", r"_scaled_sum|index_add|indexFunc|sum_and_scatter|compute_grad_weight"),
     ("swiglu", r"swiglu|dgated|gated_act|silu"),
     ("norm", r"rms_?norm|layer_?norm|RMSNorm|LayerNorm|ln_(fwd|bwd)|GammaBeta"),
-    ("fp8 casts", r"transformer_engine.*(cast|transpose|amax|quantize|scale)"),
+    ("fp8 casts", r"cast_transpose|transpose_optimized|transformer_engine.*(amax|quantize|scale)"),
     ("optimizer", r"[aA]dam|LpNorm|multi_tensor|multi_tensor_apply"),
     ("gemm", r"nvjet|gemm|cutlass|xmma|splitK|cublas"),
     ("torch.compile", r"^triton_"),
