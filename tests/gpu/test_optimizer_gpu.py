@@ -44,9 +44,9 @@ def test_update_is_torchs_and_copies_follow():
             assert torch.equal(a, old) == (step == 4)
             torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
             for key in ("exp_avg", "exp_avg_sq", "step"):
-                torch.testing.assert_close(
-                    ours.state[a][key], theirs.state[b][key], rtol=2e-6, atol=0.0
-                )
+                got, wanted = ours.state[a][key], theirs.state[b][key]
+                small = 1e-7 * wanted.abs().max().item()  # where a mean crosses zero
+                torch.testing.assert_close(got, wanted, rtol=2e-6, atol=small)
             assert torch.equal(ours._copies[a], a.detach().bfloat16())
     assert kernels == [False, *[True] * 7], "torch makes the state, the kernel does the rest"
     assert ours.state[mine[0]]["step"].item() == 7
