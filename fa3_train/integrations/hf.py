@@ -74,6 +74,7 @@ def _find_documents(position_ids: Tensor) -> tuple[Tensor, int] | None:
     inside a row."""
     position_ids = position_ids.reshape(-1, position_ids.shape[-1])
     starts = torch.ones_like(position_ids, dtype=torch.bool)
+    # A jump ahead counts as well: transformers' own masks are made so.
     starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not bool(starts[:, 1:].any()):
         return None
@@ -226,7 +227,8 @@ def attention_forward(
         return _packed(q, k, v, cu_q.int(), cu_k.int(), *map(int, longest), options), None
     if attention_mask is not None:
         return _padded(q, k, v, attention_mask, options), None
-    if position_ids is not None and sq == sk and sq > 1:
+    # Three rows of positions (images) say nothing about documents.
+    if position_ids is not None and position_ids.dim() <= 2 and sq == sk and sq > 1:
         documents = _documents(position_ids)
         if documents is not None and position_ids.shape[-1] == sq:
             cu, longest = documents

@@ -118,6 +118,13 @@ def test_packed_positions_equal_separate_documents(kind):
     _close(packed, separate)
 
 
+def test_positions_that_jump_ahead_are_read_as_by_eager():
+    eager, ours = _pair("llama")
+    ids = torch.randint(3, 97, (2, 11))
+    positions = torch.cat([torch.arange(4), torch.arange(9, 16)])[None].expand(2, -1)
+    _compare(eager, ours, input_ids=ids, position_ids=positions)
+
+
 def test_explicit_cu_seqlens():
     eager, ours = _pair("llama")
     lengths = (9, 4)
