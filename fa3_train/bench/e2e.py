@@ -129,6 +129,7 @@ def measure(words: list[str], variants: list[str], rounds: int, counted: int) ->
         table[variant] = entry
     return {
         "words": list(last.values()), "layers": model.num_layers, "peak_gib": peak,
+        "recompute": model.activation_checkpointing,
         "parameters": model.num_parameters(), "accumulation": config.grad_accum(world.size),
         "micro_batch": config.data.micro_batch, "variants": table,
     }  # fmt: skip
@@ -137,19 +138,22 @@ def measure(words: list[str], variants: list[str], rounds: int, counted: int) ->
 def text(result: dict[str, Any]) -> str:
     """One row per loop and variant."""
     lines = [
-        "| loop | linears | S | seqs a step | attention | step ms | fwd | bwd | opt | tokens/s | "
-        "TFLOP/s | mfu_causal | saved | peak GiB |",
-        "|---" * 14 + "|",
+        "| loop | linears | S | layers | recompute | seqs a step | attention | step ms | fwd | bwd | "
+        "opt | tokens/s | TFLOP/s | mfu_causal | saved | peak GiB |",
+        "|---" * 16 + "|",
     ]
     for cell in result["cells"]:
         if "error" in cell:
-            name = f"| {cell['engine']} | {cell['linear']} | {cell['seqlen']} | | | "
+            name = f"| {cell['engine']} | {cell['linear']} | {cell['seqlen']} | | | | | "
             lines.append(name + cell["error"][:90] + " |" * 9)
             continue
         base = cell["variants"].get("fa2", {}).get("step_ms")
         sequences = cell["accumulation"] * cell["micro_batch"]
         for variant, row in cell["variants"].items():
-            head = f"| {cell['engine']} | {cell['linear']} | {cell['seqlen']} | {sequences} | "
+            head = (
+                f"| {cell['engine']} | {cell['linear']} | {cell['seqlen']} | {cell['layers']} | "
+                f"{cell['recompute']} | {sequences} | "
+            )
             if "skipped" in row:
                 lines.append(f"{head}{variant} | {row['skipped'][:80]}" + " |" * 9)
                 continue

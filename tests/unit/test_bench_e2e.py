@@ -68,9 +68,7 @@ def test_profile_by_component_and_phase():
     assert got["components"]["gemm"] == pytest.approx({"forward": 0.2, "head": 0.3})
     assert got["components"]["attention backward"] == pytest.approx({"backward": 0.2})
     assert got["components"]["copies"] == pytest.approx({"between": 0.05})
-    assert sum(sum(p.values()) for p in got["components"].values()) == pytest.approx(
-        got["busy_ms"]
-    )
+    assert sum(sum(p.values()) for p in got["components"].values()) == pytest.approx(got["busy_ms"])
     assert got["kernels"][0]["phase"] == "head" and got["kernels"][0]["calls"] == 0.5
 
 
@@ -116,6 +114,7 @@ def test_savings_are_against_fa2():
            "tflops_per_gpu": 1.0, "mfu_causal": None}  # fmt: skip
     cell = {
         "engine": "torch", "linear": "torch", "seqlen": 8, "accumulation": 2, "micro_batch": 1,
+        "layers": 4, "recompute": "none",
         "peak_gib": 1.0,
         "variants": {"fa2": row | {"step_ms": 10.0}, "cudnn": {"skipped": "no"},
                      "ours bf16": row | {"step_ms": 9.0}},
