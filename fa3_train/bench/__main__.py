@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 
 SUBCOMMANDS = {
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             module.add_arguments(sub)
             sub.set_defaults(main=module.main)
     args = parser.parse_args(arguments)
-    args.command = " ".join(["python -m fa3_train.bench", *arguments])
+    args.command = "python -m fa3_train.bench " + shlex.join(arguments)
     return int(args.main(args) or 0)
 
 

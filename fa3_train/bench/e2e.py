@@ -138,8 +138,8 @@ def measure(words: list[str], variants: list[str], rounds: int, counted: int) ->
 def text(result: dict[str, Any]) -> str:
     """One row per loop and variant."""
     lines = [
-        "| loop | linears | S | layers | recompute | seqs a step | attention | step ms | fwd | bwd | "
-        "opt | tokens/s | TFLOP/s | mfu_causal | saved | peak GiB |",
+        "| loop | linears | S | layers | recompute | seqs a step | attention | step ms | fwd | "
+        "bwd | opt | tokens/s | TFLOP/s | mfu_causal | saved | peak GiB |",
         "|---" * 16 + "|",
     ]
     for cell in result["cells"]:
