@@ -155,7 +155,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __gr
         for (int i = 0; i < kAhead; ++i) {
           if (h + i * p.lane_heads < heads) {
             a[i].load(x + low * kChunkIn + i * x_step);
-            if (pair) b[i].load(x + high * kChunkIn + i * x_step);
+            if (pair)
+              b[i].load(x + high * kChunkIn + i * x_step);
+            else
+              b[i] = {};  // the single chunk is "rotated" with it: by 0, which would keep a NaN
           }
         }
         x += kAhead * x_step;
