@@ -75,6 +75,16 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def text(result: dict[str, Any]) -> str:
+    """One row per form of the head."""
+    lines = ["| | ms | TFLOP/s | peak GiB |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['name']} | {r['ms']:.1f} | {r['tflops']:.0f} | {r['peak_gib']:.1f} |"
+        for r in result["rows"]
+    ]
+    return "\n".join(lines)
+
+
 def main(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("bench head needs a CUDA device", file=sys.stderr)

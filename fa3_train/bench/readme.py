@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fa3_train.bench import e2e, layer, logging_cost, profile
+from fa3_train.bench import e2e, head, layer, logging_cost, profile
 from fa3_train.bench.tables import geometric_mean, rate, ratios
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,6 +113,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer_backends": _made_by(layer, "table", "layer_backends"),
     "e2e": _made_by(e2e, "text", "e2e"),
     "e2e_mfu": _made_by(e2e, "text", "e2e_mfu"),
+    "head": _made_by(head, "text", "head"),
     "logging": _made_by(logging_cost, "text", "logging"),
     "profile": _made_by(profile, "table", "profile"),
     "profile_fp8": _made_by(profile, "table", "profile_fp8"),
