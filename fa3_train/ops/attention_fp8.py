@@ -34,9 +34,9 @@ from torch import Tensor
 
 from fa3_train import _lib, checks, reference, reference_fp8
 from fa3_train.checks import AttentionShape
-from fa3_train.ops import backends, fp8, preprocess
-from fa3_train.ops.attention import _PLAIN, _known, _like_autocast, _reference_dtype, _tighten
-from fa3_train.ops.launch import Key, remember
+from fa3_train.ops import backends, fp8, fp8_eager, preprocess
+from fa3_train.ops.attention import _PLAIN, _like_autocast, _reference_dtype, _tighten
+from fa3_train.ops.launch import Key, meta, remember
 
 __all__ = ["flash_attn_fp8_func", "flash_attn_fp8_varlen_func"]
 
@@ -67,11 +67,6 @@ def _positions(
     }  # fmt: skip
 
 
-def _alike(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> bool:
-    """q and k hold the same tokens, so that one launch can serve both."""
-    return cu_q is cu_k and q.shape[:-2] == k.shape[:-2]
-
-
 def _quantize(
     q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -94,7 +89,7 @@ def _quantize(
             fp8.SCALE_BLOCK, None,
         )  # fmt: skip
 
-    if _alike(q, k, cu_q, cu_k):
+    if fp8_eager.alike(q, k, cu_q, cu_k):
         return run([q, k, v], [rotated, rotated, preprocess.QUANTIZE], cu_q)
     q8, sq = run([q], [rotated], cu_q)
     k8, v8, sk, sv = run([k, v], [rotated, preprocess.QUANTIZE], cu_k)
@@ -134,7 +129,7 @@ def _unrotate(dq, dk, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call, dt
             call.interleaved, True, fp8.SCALE_BLOCK, dtype,
         )  # fmt: skip
 
-    if _alike(dq, dk, cu_q, cu_k):
+    if fp8_eager.alike(dq, dk, cu_q, cu_k):
         return run([dq, dk], cu_q)
     return run([dq], cu_q)[0], run([dk], cu_k)[0]
 
@@ -166,19 +161,23 @@ def _values(q8, k8, v8, sq, sk, sv, cu_q, cu_k, call: _Call, dtype: torch.dtype)
             codes, descales, cu_seqlens, fp8.SCALE_BLOCK, dtype
         )  # fmt: skip
 
-    if _alike(q8, k8, cu_q, cu_k):
+    if fp8_eager.alike(q8, k8, cu_q, cu_k):
         return run([q8, k8, v8], [sq, sk, sv], cu_q)
     return (*run([q8], [sq], cu_q), *run([k8, v8], [sk, sv], cu_k))
 
 
 class _AttentionFp8(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call):
+    def forward(ctx, q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known: _Known):
         # None: the same as cu_q. torch.compile refuses one tensor as two arguments.
         cu_k = cu_q if cu_k is None else cu_k
-        codes = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
-        out, lse = _attend(*codes, cu_q, cu_k, call, q.dtype)
-        kept = codes if call.gradient == "codes" else (q, k, v)
+        call = known.call
+        if call.gradient == "codes":
+            kept = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
+            out, lse = _attend(*kept, cu_q, cu_k, call, q.dtype)
+        else:
+            kept = (q, k, v)
+            out, lse = _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known)
         ctx.save_for_backward(out, lse, cos, sin, signs, position_ids, cu_q, cu_k, *kept)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -297,26 +296,50 @@ def _resolve(
     return shape, call
 
 
-_resolved: dict[Key, tuple[AttentionShape, _Call]] = {}
+class _Known:
+    """What one key of the memory holds: sizes, choices, and the launches of an eager call."""
+
+    __slots__ = ("call", "eager", "shape")
+
+    def __init__(self, shape: AttentionShape, call: _Call) -> None:
+        self.shape, self.call = shape, call
+        self.eager: fp8_eager.EagerForward | None = None
 
 
-def _resolve_known(*request) -> _Call:
+_resolved: dict[Key, _Known] = {}
+
+
+def _resolve_known(*request) -> _Known:
     """:func:`_resolve`, remembered as in ops/attention.py: eager calls on plain tensors only."""
     tensors, others = request[:9], request[9:]
     q, k, v, cu_q, cu_k = tensors[:5]
     if torch.compiler.is_compiling() or type(q) not in _PLAIN:
-        return _resolve(*request)[1]
+        return _Known(*_resolve(*request))
     try:
         # q and k packed alike is a rule about the very tensor, not about its sizes.
         same = cu_q is cu_k or (cu_k is not None and cu_q.data_ptr() == cu_k.data_ptr())
-        key = (*map(_known, tensors), same, others, *map(type, others), *map(type, others[4]))
+        key = (
+            *map(meta, tensors), type(k), type(v), same, others, *map(type, others),
+            *map(type, others[5]),
+        )  # fmt: skip
         known = _resolved.get(key)
     except (TypeError, AttributeError):  # no tensor, a list: the rules will say
-        return _resolve(*request)[1]
+        return _Known(*_resolve(*request))
     if known is None:
-        return remember(_resolved, key, _resolve(*request))[1]
-    checks.recheck_cu_seqlens(cu_q, cu_k, known[0])
-    return known[1]
+        known = remember(_resolved, key, _Known(*_resolve(*request)))
+        if known.call.backend == "hopper":
+            known.eager = fp8_eager.eager_forward(*tensors, known.shape, known.call)
+        return known
+    checks.recheck_cu_seqlens(cu_q, cu_k, known.shape)
+    return known
+
+
+def _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known: _Known):
+    """out, lse."""
+    if known.eager is not None and fp8_eager.unwatched(q, k, v):
+        return known.eager.run(q, k, v, cos, sin, signs, position_ids, cu_q)
+    codes = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known.call)
+    return _attend(*codes, cu_q, cu_k, known.call, q.dtype)
 
 
 def _attention_fp8(
@@ -329,16 +352,15 @@ def _attention_fp8(
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad
         )
-    call = _resolve_known(
+    known = _resolve_known(
         q, k, v, cu_q, cu_k, cos, sin, signs, position_ids, max_q, max_k, softmax_scale, causal,
         interleaved, window_size, two_level, gradient, backend, needs_grad,
     )  # fmt: skip
     if needs_grad:
         other = None if cu_k is cu_q else cu_k
-        out, lse = _AttentionFp8.apply(q, k, v, cos, sin, signs, position_ids, cu_q, other, call)
+        out, lse = _AttentionFp8.apply(q, k, v, cos, sin, signs, position_ids, cu_q, other, known)
     else:
-        codes = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
-        out, lse = _attend(*codes, cu_q, cu_k, call, q.dtype)
+        out, lse = _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known)
     return (out, lse) if return_lse else out
 
 

@@ -127,12 +127,17 @@ def check_values(name: str, x: Tensor, descale: Tensor, cu_seqlens: Tensor | Non
         checks.fail(name, "must hold no NaN", f"NaN at {at}, {int(nan.sum())} in all")
 
 
+def checks_values() -> bool:
+    """Whether the environment asks for :func:`check_all_values`."""
+    return os.environ.get(CHECK_VARIABLE) == "1"
+
+
 def check_all_values(
     q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor, k_descale: Tensor, v_descale: Tensor,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
 ) -> None:  # fmt: skip
     """:func:`check_values` of all three, where ``FA3_TRAIN_CHECK_FP8=1`` asks for it."""
-    if os.environ.get(CHECK_VARIABLE) != "1":
+    if not checks_values():
         return
     check_values("q", q, q_descale, cu_seqlens_q)
     check_values("k", k, k_descale, cu_seqlens_k)
@@ -146,7 +151,7 @@ _POINTERS = (
 _forwards: dict[Key, tuple[AttentionShape, Plan | None]] = {}
 
 
-def _plan(
+def make_plan(
     shape, q, k, v, out, softmax_scale, causal, window_left, window_right, two_level, options,
     addresses,
 ) -> Plan | None:  # fmt: skip
@@ -198,7 +203,7 @@ def _attn_fp8_fwd(
         address(cu_seqlens_k),
     )  # fmt: skip
     if known is None:
-        plan = _plan(
+        plan = make_plan(
             shape, q, k, v, out, softmax_scale, causal, window_left, window_right, two_level,
             options, addresses,
         )  # fmt: skip

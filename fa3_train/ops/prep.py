@@ -138,7 +138,7 @@ def _descale_shape(x: Tensor, block_size: int, cu_seqlens: Tensor | None) -> tup
 Results = list[tuple[tuple[int, ...], torch.dtype]]
 
 
-def _results(xs, stages, cu_seqlens, block_size, out_dtype) -> Results:
+def result_layout(xs, stages, cu_seqlens, block_size, out_dtype) -> Results:
     """Shapes and dtypes of what prep returns: outs, then the descales of the quantized."""
     outs: Results = []
     descales: Results = []
@@ -197,7 +197,7 @@ def _tensor_pointers(count: int) -> tuple[str, ...]:
     return tuple(f"tensors.{i}.{field}" for i in range(count) for field in fields)
 
 
-def _plan_prep(
+def make_plan(
     xs, stages, cos, cu_seqlens, interleaved, inverse, block_size, out_dtype, options, results
 ) -> Plan | None:
     if xs[0].numel() == 0:
@@ -233,14 +233,14 @@ def _prep(
         check_prep(xs, stages, cos, sin, signs, position_ids, cu_seqlens, block_size)
         dtype = xs[0].dtype if out_dtype is None else out_dtype
         ready = all(checks.layout_problem(x) is None for x in xs)
-        results = _results(xs, stages, cu_seqlens, block_size, dtype)
+        layout = result_layout(xs, stages, cu_seqlens, block_size, dtype)
         plan = None
         if ready:
-            plan = _plan_prep(
+            plan = make_plan(
                 xs, stages, cos, cu_seqlens, interleaved, inverse, block_size, dtype, options,
-                results,
+                layout,
             )  # fmt: skip
-        known = remember(_preps, key, _Known(ready, results, plan))
+        known = remember(_preps, key, _Known(ready, layout, plan))
     else:
         _recheck(xs, cu_seqlens)
     if not known.ready or _misaligned(xs):
@@ -265,14 +265,14 @@ def _prep(
     if used & ROPE:
         kept[:2] = cos.contiguous(), sin.contiguous()
         if position_ids is not None:
-            kept[3] = _kernel_ids(position_ids, xs[0])
+            kept[3] = kernel_ids(position_ids, xs[0])
     if used & HADAMARD and signs is not None:
         kept[2] = signs.float().contiguous()
     known.plan.launch(*pointers, *map(address, kept), address(cu_seqlens))
     return results
 
 
-def _kernel_ids(position_ids: Tensor, x: Tensor) -> Tensor:
+def kernel_ids(position_ids: Tensor, x: Tensor) -> Tensor:
     """int32, one per token: as given, or converted."""
     if position_ids.dtype == torch.int32 and position_ids.shape == x.shape[:-2]:
         return position_ids.contiguous()
@@ -285,8 +285,8 @@ def _prep_fake(
 ):  # fmt: skip
     check_prep(xs, stages, cos, sin, signs, position_ids, cu_seqlens, block_size)
     dtype = xs[0].dtype if out_dtype is None else out_dtype
-    results = _results(xs, stages, cu_seqlens, block_size, dtype)
-    return [xs[0].new_empty(shape, dtype=kind) for shape, kind in results]
+    layout = result_layout(xs, stages, cu_seqlens, block_size, dtype)
+    return [xs[0].new_empty(shape, dtype=kind) for shape, kind in layout]
 
 
 def check_dequantize(codes, descales, cu_seqlens, block_size, dtype) -> None:
