@@ -7,7 +7,8 @@ runs every cell there. Cells are Llama-3-8B's layers, fewer of them so that one 
 is compared with:
 
     8k_fsdp2, 8k_zero3       8,192 tokens a sequence, one sequence on a GPU in a forward: the batch
-                             grows with the GPUs (weak scaling)
+                             grows with the GPUs (weak scaling); `--accumulation` of them make
+                             a step (recipe llama3_8b: 16 on 8 GPUs)
     128k_ulysses, 128k_ring  one sequence of 131,072 tokens over all GPUs (strong scaling), FSDP2
     loss_*                   the recipe tiny_gpu on text, always the same global batch: its losses
                              beside those of one GPU, where two runs show what atomics do by
@@ -92,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", nargs="+", type=int, help="default: 1, 2, 4, 8 as available")
     parser.add_argument("--layers", type=int, default=8, help="of the 8k cells")
     parser.add_argument("--long-layers", type=int, default=2, help="of the 128k cells")
-    parser.add_argument("--accumulation", type=int, default=1, help="of the 8k cells")
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--accumulation", type=int, default=4, help="of the 8k cells")
+    parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--long-steps", type=int, default=7)
     parser.add_argument("--loss-steps", type=int, default=40)
     parser.add_argument("--skip", type=int, default=3, help="steps that no median counts")

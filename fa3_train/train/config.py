@@ -126,7 +126,8 @@ class EngineSection:
     name: str = _choice("torch", "deepspeed")
     strategy: str = _choice("ddp", "fsdp2")  # torch under torchrun; ignored by one process
     compile: bool = False  # torch.compile of each layer
-    reshard_after_forward: bool = True  # fsdp2
+    reshard_after_forward: bool = True  # fsdp2; false keeps 16-bit weights whole within a step
+    reduce_each: bool = True  # fsdp2; false keeps the gradient whole (reduce's dtype) within a step
     zero_stage: int = 0  # deepspeed
     optimizer: str = _choice("adamw", "fused_adam")  # fused_adam: DeepSpeed's own CUDA kernel
     offload_optimizer: bool = False  # deepspeed: optimizer state in host memory

@@ -175,7 +175,11 @@ def _engine(config: TrainConfig) -> Iterator[str]:
             )
         if engine.offload_optimizer:
             yield "engine.offload_optimizer=true belongs to engine=deepspeed, got engine=torch"
+        if not engine.reduce_each and engine.strategy != "fsdp2":
+            yield f"engine.reduce_each=false belongs to engine=fsdp2, got {engine.strategy}"
     else:
+        if not engine.reduce_each:
+            yield "engine.reduce_each=false belongs to engine=fsdp2, got engine=deepspeed"
         if engine.strategy == "fsdp2":
             yield (
                 "engine.strategy=fsdp2 belongs to engine=torch; with engine=deepspeed, "

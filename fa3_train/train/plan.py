@@ -82,7 +82,9 @@ def _state_bytes(
             return compute * n, gradient * n, (master + moments) * n
         shard = n / world_size
         stored = 2.0 if config.precision.params == "bf16" else 4.0
-        return compute * live, stored * shard + compute * live, (stored + moments) * shard
+        weights = compute * (live if config.engine.reshard_after_forward else n)
+        whole = compute * live if config.engine.reduce_each else gradient * n
+        return weights, stored * shard + whole, (stored + moments) * shard
     stage = config.engine.zero_stage
     state = (master + moments) * n / (world_size if stage >= 1 else 1)
     if config.engine.offload_optimizer:

@@ -15,7 +15,11 @@ HERE = Path(__file__).resolve().parent
 RUNS = {
     "ddp": [],
     "fsdp2": ["engine=fsdp2"],
-    "fsdp2-keep": ["engine=fsdp2", "engine.reshard_after_forward=false"],
+    "fsdp2-keep": [
+        "engine=fsdp2",
+        "engine.reshard_after_forward=false",
+        "engine.reduce_each=false",
+    ],
     **{f"zero{s}": ["engine=deepspeed", f"engine.zero_stage={s}"] for s in range(4)},
 }
 # bf16 at stage 0 keeps no fp32 master weights in DeepSpeed: other numbers by design.

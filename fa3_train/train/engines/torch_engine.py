@@ -150,6 +150,13 @@ class TorchEngine(Engine):
     def backward(self, loss: torch.Tensor, *, first: bool, last: bool) -> None:
         if self.buckets is not None:
             self.buckets.begin(first=first, last=last)
+        elif self.strategy == "fsdp2" and self.accumulation > 1:
+            sharded = cast(Any, self.model)
+            # What stays whole until the step's last micro-batch moves once, not once in each.
+            if not self.config.engine.reshard_after_forward:
+                sharded.set_reshard_after_backward(last)
+            if not self.config.engine.reduce_each:
+                sharded.set_requires_gradient_sync(last)
         if self.accumulation > 1:
             loss = loss / self.accumulation
         loss.backward()
