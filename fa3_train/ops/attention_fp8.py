@@ -148,8 +148,9 @@ def _rotate(q, k, cos, sin, position_ids, cu_seqlens, call: _Call) -> tuple[Tens
     )  # fmt: skip
 
 
-def _values(q8, k8, v8, sq, sk, sv, cu_q, cu_k, call: _Call, dtype: torch.dtype):
-    """What the codes stand for: fp32 in the emulation, 16-bit (exact in bf16) on the GPU."""
+def _values(codes, cu_q, cu_k, call: _Call, dtype: torch.dtype):
+    """What codes and descales stand for: fp32 in the emulation, 16-bit (exact in bf16) on a GPU."""
+    q8, k8, v8, sq, sk, sv = codes
     if call.backend == "reference":
         return tuple(
             reference_fp8.dequantize_blocks(x, s, cu_seqlens=cu)
@@ -173,8 +174,9 @@ class _AttentionFp8(torch.autograd.Function):
         cu_k = cu_q if cu_k is None else cu_k
         call = known.call
         if call.gradient == "codes":
-            kept = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
-            out, lse = _attend(*kept, cu_q, cu_k, call, q.dtype)
+            codes = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
+            out, lse = _attend(*codes, cu_q, cu_k, call, q.dtype)
+            kept: tuple[Tensor, ...] = codes
         else:
             kept = (q, k, v)
             out, lse = _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known)
@@ -190,7 +192,7 @@ class _AttentionFp8(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         if call.gradient == "codes":
-            q, k, v = _values(*kept, cu_q, cu_k, call, dtype)
+            q, k, v = _values(kept, cu_q, cu_k, call, dtype)
         else:
             q, k, v = kept
             signs = None  # q and k were rotated only
@@ -328,7 +330,7 @@ def _resolve_known(*request) -> _Known:
     if known is None:
         known = remember(_resolved, key, _Known(*_resolve(*request)))
         if known.call.backend == "hopper":
-            known.eager = fp8_eager.eager_forward(*tensors, known.shape, known.call)
+            known.eager = fp8_eager.eager_forward(tensors, known.shape, known.call)
         return known
     checks.recheck_cu_seqlens(cu_q, cu_k, known.shape)
     return known

@@ -53,8 +53,9 @@ class EagerForward:
             xs, stages, cos, cu, call.interleaved, False, fp8.SCALE_BLOCK, q.dtype, 0, results
         )
         address_cu = address(cu)
+        q8, k8, v8 = views[:3]
         forward = fp8.make_plan(
-            shape, *views[:3], out, call.scale, call.right == 0, call.left, call.right,
+            shape, q8, k8, v8, out, call.scale, call.right == 0, call.left, call.right,
             call.two_level, 0,
             (
                 *(x.data_ptr() for x in (*views[:3], out, *views[3:], lse)), address_cu, address_cu,
@@ -92,10 +93,9 @@ class EagerForward:
         return out, lse
 
 
-def eager_forward(
-    q, k, v, cu_q, cu_k, cos, sin, signs, position_ids, shape: AttentionShape, call: Any
-) -> EagerForward | None:
+def eager_forward(tensors, shape: AttentionShape, call: Any) -> EagerForward | None:
     """The launches of such calls, or None where the ops must see to it: other layouts, no rows."""
+    q, k, v, cu_q, cu_k, cos, sin, signs, position_ids = tensors
     if shape.empty or shape.total_k == 0 or q.numel() == 0 or k.numel() == 0:
         return None
     if not alike(q, k, cu_q, cu_k) or any(checks.layout_problem(x) for x in (q, k, v)):
@@ -113,6 +113,6 @@ def unwatched(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return (
         (q.data_ptr() | k.data_ptr() | v.data_ptr()) % checks.ALIGNMENT_BYTES == 0
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.autograd._profiler_enabled()
+        and not torch._C._autograd._profiler_enabled()
         and not fp8.checks_values()
     )

@@ -261,7 +261,9 @@ def _prep(
             pointers[-1] = results[scales].data_ptr()
             scales += 1
     used = functools.reduce(operator.or_, stages)
-    kept = [None] * 4  # cos, sin, signs, position_ids as the kernels read them, until the launch
+    kept: list[Tensor | None] = [
+        None
+    ] * 4  # cos, sin, signs, position_ids as the kernels read them, until the launch
     if used & ROPE:
         kept[:2] = cos.contiguous(), sin.contiguous()
         if position_ids is not None:
