@@ -98,6 +98,50 @@ def _attention_training() -> str:
     return "\n".join([_where(result, "attention_training"), "", *lines])
 
 
+def _end_to_end() -> str:
+    """The few numbers of the end-to-end files that answer: what does it bring?"""
+    stack, beside, saved = (_read(n) for n in ("e2e_mfu", "layer_te", "layer_backends"))
+    lines = ["| | |", "|---|---|"]
+    for cell in stack["cells"]:
+        for row in cell["variants"].values():
+            kind = "bf16" if cell["linear"] == "torch" else "FP8 linears"
+            lines.append(
+                f"| {cell['layers']} layers of Llama 3.1 8B with embedding and head, "
+                f"{cell['seqlen'] // 1024}k, whole step, {kind} | {row['tflops_per_gpu']:.0f} "
+                f"TFLOP/s, mfu_causal {row['mfu_causal']:.1%} |"
+            )
+    for mine, theirs in (
+        ("ours bf16", "te bf16"),
+        ("ours fp8", "te fp8"),
+        ("ours fp8 + fp8 attention", "te fp8 + fp8 attention"),
+    ):
+        ratios_ = [
+            f"{c['variants'][theirs]['fwdbwd']['ms'] / c['variants'][mine]['fwdbwd']['ms']:.2f} "
+            f"({c['size']}, {c['seqlen'] // 1024}k)"
+            for c in beside["cells"]
+            if "fwdbwd" in c["variants"][mine] and "fwdbwd" in c["variants"][theirs]
+        ]
+        precision = theirs.removeprefix("te ")
+        lines.append(
+            f"| our layer's speed / te.TransformerLayer's, {precision}, forward and backward | "
+            f"{', '.join(ratios_)} |"
+        )
+    for which, label in (("fwd", "forward"), ("fwdbwd", "training step")):
+        for variant in ("cudnn", "ours bf16", "ours fp8"):
+            shares = [
+                f"{1 - c['variants'][variant][which]['ms'] / c['variants']['fa2'][which]['ms']:.1%}"
+                for c in saved["cells"]
+            ]
+            lengths = ", ".join(f"{c['seqlen'] // 1024}k" for c in saved["cells"])
+            lines.append(
+                f"| {label} of a 405B layer (8-way tensor parallel sizes), time saved by attention "
+                f"FA2 → {variant}, at {lengths} | {', '.join(shares)} |"
+            )
+    names = ("e2e_mfu", "layer_te", "layer_backends")
+    where = [_where(r, n) for r, n in zip((stack, beside, saved), names, strict=True)]
+    return "\n".join([*where, "", *lines])
+
+
 def _made_by(module: Any, function: str, name: str) -> Callable[[], str]:
     def table() -> str:
         result = _read(name)
@@ -111,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention_training": _attention_training,
     "layer_te": _made_by(layer, "table", "layer_te"),
     "layer_backends": _made_by(layer, "table", "layer_backends"),
+    "end_to_end": _end_to_end,
     "e2e": _made_by(e2e, "text", "e2e"),
     "e2e_mfu": _made_by(e2e, "text", "e2e_mfu"),
     "head": _made_by(head, "text", "head"),
