@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=[*DTYPES, "fp8"], default="bf16")
     parser.add_argument(
         "--peers", nargs="+", metavar="NAME",
-        help=f"from {', '.join(NAMES)} (default: ours fa3 cudnn); fp8: ours ours-full fa3 (all)",
+        help=f"from {', '.join(NAMES)} (default: ours fa3 cudnn); "
+        "fp8: ours ours-full ours-single fa3 (all)",
     )  # fmt: skip
     parser.add_argument(
         "--cells", nargs="+", metavar="WORDS",

@@ -124,7 +124,7 @@ def ablation() -> list[Cell]:
 
 
 def options() -> list[Cell]:
-    """What each option costs at one shape: Llama-3-8B at 8k, d128 causal."""
+    """What each option costs at one shape, Llama-3-8B at 8k, d128 causal; other head dims."""
     base = ("options", 2, 8192, 32, 8, 128, True)
 
     def cell(name: str, **more) -> Cell:
@@ -137,6 +137,9 @@ def options() -> list[Cell]:
         cell("sink", sink=True),
         cell("window 1024", window=(1024, 0)),
         cell("deterministic", deterministic=True),
+        _dense("head dims", "d96", 2, 8192, 32, 8, 96, True),
+        _dense("head dims", "d192", 2, 8192, 16, 4, 192, True),
+        _dense("head dims", "d256 deterministic", 2, 8192, 8, 8, 256, True, deterministic=True),
     ]
 
 

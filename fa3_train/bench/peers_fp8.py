@@ -3,6 +3,8 @@
 ``ours`` and ``fa3`` are timed on tensors that are already quantized, each with the scales that it
 takes: one per 128 tokens and head, or one per batch entry and key/value head. ``ours-full`` starts
 from bf16 and contains the fused Hadamard and quantization: what a training step pays.
+``ours-single`` accumulates P V in the tensor core alone, as FA3 does: faster, and inexact over long
+sequences (docs/fp8.md).
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from fa3_train import _lib, reference_fp8
 from fa3_train.bench.cells import Cell
 from fa3_train.bench.peers import Call, Fa3, Inputs, Peer
 
-NAMES = ("ours", "ours-full", "fa3")
+NAMES = ("ours", "ours-full", "ours-single", "fa3")
 
 
 class OursFp8(Peer):
     name = "ours"
+    two_level = True
 
     def missing(self) -> str | None:
         return None if _lib.available() else f"{_lib.LIBRARY_NAME} is not built"
@@ -42,11 +45,16 @@ class OursFp8(Peer):
         def run() -> tuple[Tensor, ...]:
             return torch.ops.fa3_train.attn_fp8_fwd(
                 *codes, *descales, x.cu_seqlens, x.cu_seqlens, x.max_seqlen, x.max_seqlen, x.scale,
-                cell.causal, cell.window[0], 0 if cell.causal else cell.window[1], True,
-                x.q.dtype, bits,
+                cell.causal, cell.window[0], 0 if cell.causal else cell.window[1],
+                self.two_level, x.q.dtype, bits,
             )  # fmt: skip
 
         return run
+
+
+class OursSingle(OursFp8):
+    name = "ours-single"
+    two_level = False
 
 
 class OursFull(OursFp8):
@@ -93,5 +101,8 @@ def make_peers_fp8(names: list[str], fa3_library: str | None = None) -> list[Pee
     unknown = set(names) - set(NAMES)
     if unknown:
         raise ValueError(f"--peers with --dtype fp8: must be from {NAMES}, got {sorted(unknown)}")
-    made = {"ours": OursFp8, "ours-full": OursFull, "fa3": lambda: Fa3Fp8(fa3_library)}
+    made = {
+        "ours": OursFp8, "ours-full": OursFull, "ours-single": OursSingle,
+        "fa3": lambda: Fa3Fp8(fa3_library),
+    }  # fmt: skip
     return [made[name]() for name in NAMES if name in names]
