@@ -198,7 +198,8 @@ class _ProfiledTrainer(Trainer):
 
 
 def _measure(words: list[str], skip: int) -> tuple[dict[str, Any], World]:
-    with tempfile.TemporaryDirectory() as folder, StopSignal() as stop:
+    stop = StopSignal()  # not entered: a signal ends a benchmark
+    with tempfile.TemporaryDirectory() as folder:
         latest = {word.split("=", 1)[0]: word for word in words}
         config = load([*latest.values(), f"run.dir={folder}"])
         world = start_world(config)

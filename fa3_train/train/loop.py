@@ -153,10 +153,11 @@ class Trainer:
             self.logger.message(f"stopped: {error}")
             raise
         finally:
-            self.data.close()
-            self.checkpointer.close()
-            paths = self.logger.close()
-            self.engine.close()
+            with self.watch.slowly("closing"):
+                self.data.close()
+                self.checkpointer.close()
+                paths = self.logger.close()
+                self.engine.close()
         if paths and (newest := self.checkpointer.newest()) is not None:
             paths["checkpoint"] = str(newest)
         return paths
@@ -200,6 +201,7 @@ class Trainer:
         self.step += 1
         share = self.engine.accumulation * self.world.size / all_labels
         self._one_step(batches, [count * share for count in labels])
+        self.watch.warmed_up()
         last = self.step == self.config.run.steps
         self._read_statuses(drain=last)
         # As late as statuses are read: the device has the steps in between while this is written.
@@ -268,10 +270,17 @@ class Trainer:
         count = -(-self.config.run.eval_batches // self.context.dp_size)
         if loader is None or count == 0:
             return
+        with self.watch.slowly(f"evaluation after step {self.step}"):
+            mean = self._mean_loss(loader, count)
+        self.logger.event("eval", step=self.step, val_loss=mean)
+        self.meter.restart()
+
+    def _mean_loss(self, loader: DataLoader, count: int) -> float:
+        """Mean loss over `count` micro-batches of each data-parallel rank."""
         loader.seek(0)
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)  # loss, labels
-        for index in range(count):
-            self.watch.at(f"evaluation after step {self.step}, micro-batch {index}")
+        for _ in range(count):
+            self.watch.at(f"evaluation after step {self.step}")
             batch = next(loader)
             labels = _count_labels(batch)
             loss = self.engine.evaluate(batch.to(self.world.device, non_blocking=True))
@@ -280,9 +289,7 @@ class Trainer:
         loader.close()
         if self.world.size > 1:
             dist.all_reduce(sums)
-        mean = sums[0] / sums[1]
-        self.logger.event("eval", step=self.step, val_loss=float(mean))
-        self.meter.restart()
+        return float(sums[0] / sums[1])
 
     def _checkpoint(self, background: bool) -> None:
         """Save the state after the current step. Everything queued is waited for first."""

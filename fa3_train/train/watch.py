@@ -14,7 +14,7 @@ and whether it waits for others. Rank 0 compares them, the others look after ran
 The first to know writes the verdict into the store; every rank reads it there and leaves at once
 with code 1. A process that was stopped (SIGSTOP) and belongs to the same launcher is killed,
 because a launcher's SIGTERM does not reach it. Within phases that one rank may do alone for long
-(setup, checkpoints) the limit is `engine.timeout_s`.
+(setup, the first step, evaluation, checkpoints, closing logs) the limit is `engine.timeout_s`.
 
 Not seen: a device that hangs while all hosts wait for it looks the same on every rank; after
 `engine.timeout_s` the run ends with the position of each.
@@ -60,7 +60,7 @@ class Beat:
 
     number: int = 0  # counts up with every beat
     count: int = 0  # counts up when the main thread reports progress
-    state: str = "slow"  # "busy", "waiting", "slow" (may take long), "done"
+    state: str = "busy"  # or "waiting", "slow" (may take long)
     what: str = "starting"
     where: str = ""  # innermost frame of our own code
     host: str = ""
@@ -102,15 +102,14 @@ class Judge:
 
     def verdict(self, now: float) -> tuple[int, str] | None:
         """(rank, sentence) as soon as there is one to blame; rank -1 when all are stuck."""
-        living = {r: s for r, s in self.seen.items() if s.beat.state != "done"}
-        for rank, s in sorted(living.items()):
+        for rank, s in sorted(self.seen.items()):
             silent = now - s.alive_at
             if silent > self.dead_s:
                 return rank, (
                     f"rank {rank} is dead or stopped: no sign of life for {silent:.0f} s. "
                     f"It was last in {s.beat}"
                 )
-        still = {r: s for r, s in living.items() if now - s.moved_at > self.hang_s}
+        still = {r: s for r, s in self.seen.items() if now - s.moved_at > self.hang_s}
         waiting = [r for r, s in still.items() if s.beat.state == "waiting"]
         blamed = [r for r, s in still.items() if s.beat.state == "busy"]
         blamed += [
@@ -126,8 +125,8 @@ class Judge:
                 f"rank {rank} hangs: it has not moved for {now - s.moved_at:.0f} s while "
                 f"{len(still) - 1} others wait. It is in {s.beat}"
             )
-        if living and all(now - s.moved_at > self.timeout_s for s in living.values()):
-            places = "; ".join(f"rank {r}: {s.beat}" for r, s in sorted(living.items())[:16])
+        if self.seen and all(now - s.moved_at > self.timeout_s for s in self.seen.values()):
+            places = "; ".join(f"rank {r}: {s.beat}" for r, s in sorted(self.seen.items())[:16])
             return -1, f"no rank has moved for {self.timeout_s:.0f} s, all wait. {places}"
         return None
 
@@ -148,6 +147,7 @@ class Watch:
         self._main = threading.main_thread().ident
         self._judge = Judge(hang_s, dead_s, timeout_s)
         self._prefix = f"fa3_train/watch/{_runs}"
+        self._warming_up = True
         if self.on:
             # A connection of its own: the main thread may block in one for minutes.
             self._store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
@@ -161,7 +161,11 @@ class Watch:
         """The main thread has got to `what`."""
         self._beat.what = what
         self._beat.count += 1
-        self._beat.state = "busy"
+
+    def warmed_up(self) -> None:
+        """The first step is done. Until here kernels may be compiled, by one rank longer than by
+        another, and the longer limit holds."""
+        self._warming_up = False
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -227,6 +231,8 @@ class Watch:
         beat.where, waits = _position(frame)
         if waits and beat.state == "busy":
             beat.state = "waiting"
+        if self._warming_up and beat.state == "busy":
+            beat.state = "slow"
         self._store.set(self._key(self.world.rank), json.dumps(vars(beat)))
 
     def _key(self, rank: int) -> str:

@@ -91,16 +91,6 @@ def test_a_slow_phase_has_the_longer_limit():
     assert TIMEOUT < after < TIMEOUT + 5
 
 
-def test_a_finished_rank_is_not_missed():
-    run = Run(2)
-    run.pass_time(3)
-    run.set(1, state="done")
-    run.silent.add(1)
-    for _ in range(20):
-        run.step(0)
-        assert run.pass_time(10)[0] is None
-
-
 def test_where_the_main_thread_is():
     where, waits = _position(sys._getframe())
     assert not waits  # this file is no part of the package, pytest's frames neither
