@@ -6,10 +6,10 @@ The inputs are those of torch's operator tests (``OpInfo`` of
 ``nn.functional.scaled_dot_product_attention``): dense, batched, broadcast, causal of unequal
 lengths, with masks and dropout. Each sample is taken as given and with non-contiguous tensors. A
 sample passes where the output and the three gradients are within the project's rule (twice the
-error of torch's own result against fp64); one that :func:`fa3_train.integrations.sdpa.supports`
-refuses counts as refused, with its reason. fp64 samples have no truth beside torch's result: they
-are compared with it by ``torch.testing.assert_close`` and its default tolerances, and go through
-``torch.autograd.gradcheck`` in its fast mode, as in torch's tests.
+error against fp64 of the plain formula in the sample's dtype); one that
+:func:`fa3_train.integrations.sdpa.supports` refuses counts as refused, with its reason. fp64
+samples are compared with torch's result by ``torch.testing.assert_close`` and its default
+tolerances, and go through ``torch.autograd.gradcheck`` in its fast mode, as in torch's tests.
 
 Needs the package expecttest, which torch's testing module imports.
 """
@@ -57,43 +57,50 @@ def torch_samples(device: str, dtype: torch.dtype) -> list[Any]:
     return list(operator.sample_inputs(device, dtype, requires_grad=True))
 
 
-def _call(leaves: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
-    """Output and gradients of F.scaled_dot_product_attention, whatever it is at the moment."""
-    out = F.scaled_dot_product_attention(*leaves, **options)
+def _dout(out: Tensor, dtype: torch.dtype) -> Tensor:
     torch.manual_seed(0)
-    dout = torch.randn(out.shape, dtype=torch.float64).to(out.device, out.dtype)
+    return torch.randn(out.shape, dtype=torch.float64).to(out.device, dtype)
+
+
+def _formula(
+    q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, attn_mask: None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(q k^T) v as it stands, in the dtype of q; broadcasting, causal top-left."""
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def _call(leaves: list[Tensor], options: dict[str, Any], function: Any = None) -> list[Tensor]:
+    """Output and gradients of ``function``; default what torch's name stands for at the moment."""
+    out = (function or F.scaled_dot_product_attention)(*leaves, **options)
+    dout = _dout(out, out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
-
-
-def _exact(leaves: list[Tensor], options: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
-    wide = [x.detach().double().cpu().requires_grad_() for x in leaves]
-    return wide, {
-        k: v.double().cpu() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in options.items()
-    }
 
 
 def _judge(leaves: list[Tensor], options: dict[str, Any], backend: str) -> list[str]:
     """What is wrong with our result; empty for a pass."""
-    theirs = _call(leaves, options)
     if leaves[0].dtype == torch.float64:
         with sdpa.sdpa_replacement(backend=backend):
-            torch.testing.assert_close(_call(leaves, options), theirs)
+            ours = _call(leaves, options)
+        torch.testing.assert_close(ours, _call(leaves, options))
+        with sdpa.sdpa_replacement(backend=backend):
             torch.autograd.gradcheck(
                 lambda *x: F.scaled_dot_product_attention(*x, **options), leaves, fast_mode=True
             )
         return []
-    # dout is drawn in fp64 and rounded to the sample's dtype; the truth must see the same.
-    wide, wide_options = _exact(leaves, options)
-    out = F.scaled_dot_product_attention(*wide, **wide_options)
-    torch.manual_seed(0)
-    dout = torch.randn(out.shape, dtype=torch.float64).to(leaves[0].dtype).double()
-    truth = [out.detach(), *torch.autograd.grad(out, wide, dout)]
     with sdpa.sdpa_replacement(backend=backend):
         ours = _call(leaves, options)
+    plain = _call(leaves, options, _formula)
+    # The same dout, which was rounded to the sample's dtype.
+    wide = [x.detach().double().cpu().requires_grad_() for x in leaves]
+    out = _formula(*wide, **options)
+    truth = [out.detach(), *torch.autograd.grad(out, wide, _dout(out, leaves[0].dtype).double())]
     results = [
         compare(a.cpu(), t, b.cpu(), "out" if name == "out" else "grad", name)
-        for name, a, t, b in zip(("out", "dq", "dk", "dv"), ours, truth, theirs, strict=True)
+        for name, a, t, b in zip(("out", "dq", "dk", "dv"), ours, truth, plain, strict=True)
     ]
     return [str(r) for r in results if not r.ok]
 

@@ -11,14 +11,12 @@ and ``flash_attn_interface``. Frameworks find flash attention by *distribution* 
     from flash_attn_interface import flash_attn_func
 
 Not served, with a reason: dropout, ALiBi, paged and appended KV caches, ``qv``, attention chunks,
-split-KV, ``seqused``, ``sm_margin``, per-head FP8 descales (use ``fa3_train.flash_attn_fp8_func``).
+split-KV, ``sm_margin``, per-head FP8 descales (use ``fa3_train.flash_attn_fp8_func``).
 ``pack_gqa`` is a hint about speed and changes no result: it is accepted.
 """
 
 from __future__ import annotations
 
-import contextvars
-import functools
 import importlib
 import importlib.machinery
 import sys
@@ -29,7 +27,8 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from fa3_train.checks import require
-from fa3_train.integrations import lengths
+from fa3_train.integrations import _handover, lengths
+from fa3_train.integrations._layout import readable
 from fa3_train.integrations._metadata import Distribution, Finder
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
@@ -37,11 +36,6 @@ from fa3_train.ops import attention
 __all__ = ["fa2", "fa3", "install", "supports", "uninstall"]
 
 _policy = Policy("flash_attn")
-_lenient: contextvars.ContextVar[bool] = contextvars.ContextVar("lenient", default=False)
-
-
-class _Unserved(Exception):
-    """On its way to the function that stands behind ours."""
 
 
 # The version each namespace claims: signatures were checked against these.
@@ -49,14 +43,14 @@ FA2_VERSION = "2.8.3"
 FA3_VERSION = "3.0.0"
 
 _MUST_BE_NONE = {
+    "seqused_q": "sequences shorter than cu_seqlens says are not served by the private functions",
+    "seqused_k": "sequences shorter than cu_seqlens says are not served by the private functions",
     "alibi_slopes": "ALiBi is not served",
     "block_table": "paged KV caches are not served",
     "qv": "qv is not served",
     "q_descale": "per-head FP8 descales are not served; use fa3_train.flash_attn_fp8_func",
     "k_descale": "per-head FP8 descales are not served; use fa3_train.flash_attn_fp8_func",
     "v_descale": "per-head FP8 descales are not served; use fa3_train.flash_attn_fp8_func",
-    "seqused_q": "sequences shorter than cu_seqlens says are not served",
-    "seqused_k": "sequences shorter than cu_seqlens says are not served",
 }
 
 
@@ -93,10 +87,7 @@ def _check(**arguments: Any) -> None:
 
 
 def _refuse(reason: str) -> NoReturn:
-    if _lenient.get():  # see _with_fallback
-        raise _Unserved(reason)
-    _policy.refuse(reason)
-    raise AssertionError  # the policy raised
+    _handover.refuse(_policy, reason)
 
 
 def _window(window_size: Iterable[int | None], causal: bool) -> tuple[int, int]:
@@ -107,14 +98,14 @@ def _window(window_size: Iterable[int | None], causal: bool) -> tuple[int, int]:
 
 def _dense(q, k, v, scale, causal, window_size, softcap, deterministic, lse):
     return attention.flash_attn_func(
-        q, k, v, scale, causal, window_size=_window(window_size, causal), softcap=softcap,
-        deterministic=deterministic, return_lse=lse,
+        *readable(q, k, v), scale, causal, window_size=_window(window_size, causal),
+        softcap=softcap, deterministic=deterministic, return_lse=lse,
     )  # fmt: skip
 
 
 def _varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window_size, softcap, det, lse):
     return attention.flash_attn_varlen_func(
-        q, k, v, cu_q, cu_k, int(max_q), int(max_k), scale, causal,
+        *readable(q, k, v), cu_q, cu_k, int(max_q), int(max_k), scale, causal,
         window_size=_window(window_size, causal), softcap=softcap, deterministic=det,
         return_lse=lse,
     )  # fmt: skip
@@ -282,15 +273,21 @@ def _fa3_varlen_func(
     pack_gqa: bool | None = None, deterministic: bool = False, sm_margin: int = 0,
     return_attn_probs: bool = False,
 ):  # fmt: skip
-    """FA3's flash_attn_varlen_func: q (total, H, D), lse (H, total)."""
+    """FA3's flash_attn_varlen_func: q (total, H, D), lse (H, total).
+
+    ``seqused``: (B) tokens of each sequence that count. Sequences are packed without the others
+    and the results put back, zeros elsewhere: copies, and one synchronisation per new tensor.
+    """
     _check(
-        seqused_q=seqused_q, seqused_k=seqused_k, qv=qv, q_descale=q_descale, k_descale=k_descale,
-        v_descale=v_descale, attention_chunk=attention_chunk, num_splits=num_splits,
-        sm_margin=sm_margin,
+        qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        attention_chunk=attention_chunk, num_splits=num_splits, sm_margin=sm_margin,
     )  # fmt: skip
-    return _varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-        window_size, softcap, deterministic, return_attn_probs,
+    return lengths.without_unused(
+        lambda q, k, v, cu_q, cu_k: _varlen(
+            q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size,
+            softcap, deterministic, return_attn_probs,
+        ),
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
     )  # fmt: skip
 
 
@@ -303,6 +300,10 @@ def _for_inference(name: str, what: str) -> Any:
 
 
 _with_kvcache = _for_inference("flash_attn_with_kvcache", "decoding with a KV cache")
+
+
+def _shorter(cu_seqlens: Tensor | None, used: Tensor | None) -> Tensor | None:
+    return None if cu_seqlens is not None and lengths.used(cu_seqlens, used) is None else used
 
 
 def _fa3_forward(
@@ -330,8 +331,9 @@ def _fa3_forward(
         if value is not None:
             _refuse(f"{name}: KV caches are not served")
     _check(
-        qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, seqused_q=seqused_q,
-        seqused_k=seqused_k, attention_chunk=attention_chunk, num_splits=num_splits,
+        qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        seqused_q=_shorter(cu_seqlens_q, seqused_q), seqused_k=_shorter(cu_seqlens_k, seqused_k),
+        attention_chunk=attention_chunk, num_splits=num_splits,
         sm_margin=sm_margin,
     )  # fmt: skip
     out, lse = attention.attn_fwd(
@@ -354,7 +356,10 @@ def _fa3_backward(
     softcap: float = 0.0, deterministic: bool = False, sm_margin: int = 0,
 ):  # fmt: skip
     """FA3's private backward: writes dq, dk, dv where given, returns them."""
-    _check(seqused_q=sequed_q, seqused_k=sequed_k, sm_margin=sm_margin)
+    _check(
+        seqused_q=_shorter(cu_seqlens_q, sequed_q), seqused_k=_shorter(cu_seqlens_k, sequed_k),
+        sm_margin=sm_margin,
+    )  # fmt: skip
     grads = attention.attn_bwd(
         dout, q, k, v, out, softmax_lse, softmax_scale, is_causal, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
@@ -408,21 +413,11 @@ fa3 = _namespace(
 def _with_fallback(module: types.ModuleType, original: types.ModuleType) -> types.ModuleType:
     """``module`` whose functions hand what they do not serve to those of ``original``."""
     rule = Policy("flash_attn", "warn")
-
-    def lenient(name: str, function: Any) -> Any:
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            token = _lenient.set(hasattr(original, name))
-            try:
-                return function(*args, **kwargs)
-            except _Unserved as reason:
-                return rule.refuse(str(reason), lambda: getattr(original, name)(*args, **kwargs))
-            finally:
-                _lenient.reset(token)
-
-        return call
-
-    functions = {n: lenient(n, f) for n, f in vars(module).items() if callable(f)}
+    functions = {
+        name: _handover.to_original(function, getattr(original, name, None), rule)
+        for name, function in vars(module).items()
+        if callable(function)
+    }
     return _namespace(module.__name__, module.__version__, functions)
 
 

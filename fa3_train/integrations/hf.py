@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fa3_train.checks import require
 from fa3_train.integrations import lengths
+from fa3_train.integrations._layout import readable
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
 
@@ -207,7 +208,7 @@ def attention_forward(
             ),
         )  # fmt: skip
     dtype = _working_dtype(module, query)
-    q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
+    q, k, v = readable(*(x.to(dtype).transpose(1, 2) for x in (query, key, value)))
     sq, sk = q.shape[1], k.shape[1]
     options = {
         "softmax_scale": scaling,

@@ -22,8 +22,11 @@ __all__ = [
     "cu_from_lengths",
     "equal",
     "index_first_axis",
+    "of",
     "pad_input",
     "unpad_input",
+    "used",
+    "without_unused",
 ]
 
 
@@ -53,6 +56,7 @@ class Remembered:
 
 
 _equal = Remembered(torch.equal)
+of = Remembered(torch.diff)  # one tensor for one cu_seqlens, so that questions about it are too
 
 
 def equal(a: Tensor | None, b: Tensor | None) -> bool:
@@ -63,6 +67,59 @@ def equal(a: Tensor | None, b: Tensor | None) -> bool:
 def cu_from_lengths(lengths: Tensor) -> Tensor:
     """(B) lengths to int32 (B + 1) offsets, 0 first."""
     return nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _rows_used(cu_seqlens: Tensor, used: Tensor) -> tuple[Tensor, Tensor] | None:
+    lengths = cu_seqlens.diff()
+    used = used.to(lengths.dtype)
+    if torch.equal(used, lengths):
+        return None
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), used.long())
+    cu = cu_from_lengths(used)
+    within = torch.arange(starts.numel(), device=used.device)
+    return starts + within - torch.repeat_interleave(cu[:-1].long(), used.long()), cu
+
+
+_used = Remembered(_rows_used)
+
+
+def used(cu_seqlens: Tensor, seqused: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Which rows of a packed tensor count, where sequences are shorter than their room.
+
+    Args:
+        cu_seqlens: (B + 1) offsets of the rooms. seqused: (B) tokens of each that count.
+
+    Returns:
+        Their rows and their own cu_seqlens; None if all count.
+    """
+    return None if seqused is None else _used(cu_seqlens, seqused)
+
+
+def without_unused(
+    attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, seqused_q: Tensor | None, seqused_k: Tensor | None,
+) -> Any:  # fmt: skip
+    """``attend(q, k, v, cu_seqlens_q, cu_seqlens_k)`` over the used tokens alone.
+
+    Where all are used, the call itself; otherwise they are copied together, and the results put
+    back where they belong among zeros (lse: -inf). ``attend`` returns out (T, H, D), or that and
+    lse (H, T).
+    """
+    used_q, used_k = used(cu_seqlens_q, seqused_q), used(cu_seqlens_k, seqused_k)
+    total = q.shape[0]
+    if used_q is not None:
+        q, cu_seqlens_q = q.index_select(0, used_q[0]), used_q[1]
+    if used_k is not None:
+        k, v = (x.index_select(0, used_k[0]) for x in (k, v))
+        cu_seqlens_k = used_k[1]
+    result = attend(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    if used_q is None:
+        return result
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    out = out.new_zeros(total, *out.shape[1:]).index_copy(0, used_q[0], out)
+    if lse is None:
+        return out
+    return out, lse.new_full((lse.shape[0], total), -torch.inf).index_copy(1, used_q[0], lse)
 
 
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:

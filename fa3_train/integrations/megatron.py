@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fa3_train.checks import require
+from fa3_train.integrations._layout import readable
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
 from fa3_train.reference_fp8 import HEAD_DIMS, random_signs
@@ -212,12 +213,14 @@ class CoreAttention(nn.Module):
             longest = (p.max_seqlen_q, p.max_seqlen_kv)
             if None in longest:
                 longest = (int(cu_q.diff().max()), int(cu_k.diff().max()))
-            q, k, v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (query, key, value))
+            q, k, v = readable(
+                *(x.flatten(0, 1) if x.dim() == 4 else x for x in (query, key, value))
+            )
             starts_q = cu_q.int()
             starts_k = starts_q if cu_k is cu_q else cu_k.int()
             lengths = (starts_q, starts_k, *map(int, longest))
             return self._attend(q, k, v, lengths, options).flatten(-2)
-        q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+        q, k, v = readable(*(x.transpose(0, 1) for x in (query, key, value)))
         return self._attend(q, k, v, (), options).transpose(0, 1).flatten(-2)
 
     def _attend(

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fa3_train.integrations._layout import readable
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
 
@@ -88,7 +89,7 @@ def _serve(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None, backend: str
 ) -> Tensor:
     """(B, H, S, D), with torch's top-left mask expressed by ours; see the head of this file."""
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    q, k, v = readable(*(x.transpose(1, 2) for x in (query, key, value)))
     sq, sk = q.shape[1], k.shape[1]
     if is_causal and sq < sk:
         k, v = k[:, :sq], v[:, :sq]

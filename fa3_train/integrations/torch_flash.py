@@ -19,6 +19,7 @@ Not served: dropout, debug masks, ALiBi, paged caches, ``seqused_k``, split-KV. 
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fa3_train.checks import require
+from fa3_train.integrations._layout import readable
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
 
@@ -92,8 +94,8 @@ class _Kernels:
             "max_seqlen_q": int(max_q), "max_seqlen_k": int(max_k),
         }  # fmt: skip
         return attention.attn_fwd(
-            q, k, v, scale, causal, window_size=_sides(left, right, causal), backend=self.backend,
-            **packed,
+            *readable(q, k, v), scale, causal, window_size=_sides(left, right, causal),
+            backend=self.backend, **packed,
         )  # fmt: skip
 
     @staticmethod
@@ -135,7 +137,7 @@ class _Kernels:
         if cu_q is None:
             cu_k = max_q = max_k = None
         grads = attention.attn_bwd(
-            dout, q, k, v, out, lse, scale, is_causal,
+            dout, *readable(q, k, v), out, lse, scale, is_causal,
             window_size=_sides(window_size_left, window_size_right, is_causal), cu_seqlens_q=cu_q,
             cu_seqlens_k=cu_q if cu_k is None else cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k,
             deterministic=torch.are_deterministic_algorithms_enabled(), backend=self.backend,
@@ -158,7 +160,7 @@ class _Kernels:
         philox_seed, philox_offset, *, scale=None,
     ):  # fmt: skip
         grads = attention.attn_bwd(
-            *(x.transpose(1, 2) for x in (dout, q, k, v, out)), lse, scale, is_causal,
+            *readable(*(x.transpose(1, 2) for x in (dout, q, k, v, out))), lse, scale, is_causal,
             deterministic=torch.are_deterministic_algorithms_enabled(), backend=self.backend,
         )  # fmt: skip
         return tuple(_placed(g.transpose(1, 2), x) for g, x in zip(grads, (q, k, v), strict=True))
@@ -172,6 +174,7 @@ _OPERATORS: dict[str, tuple[str, dict[str, int]]] = {
     _BACKWARD: ("backward", {"dropout_p": 10}),
     _DENSE_BACKWARD: ("dense_backward", {"dropout_p": 10}),
 }
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)
 _KNOWN_KEYWORDS = ("scale", "window_size_left", "window_size_right")
 
 
@@ -209,10 +212,17 @@ def _guarded(operator: str, kernels: _Kernels, policy: Policy, key: str) -> Call
         asked = {name: args[i] for name, i in places.items() if i < len(args)}
         asked.update({n: value for n, value in kwargs.items() if n not in _KNOWN_KEYWORDS})
         reason = supports(**asked)
-        if reason is not None:
-            fallback = None if original is None else lambda: original(keys, *args, **kwargs)
-            return policy.refuse(reason, fallback)
-        return run(*args, **kwargs)
+        if reason is None:
+            return run(*args, **kwargs)
+        if original is None:
+            return policy.refuse(reason)
+        if _inside.get():  # torch's kernel of one operator calls another: one fallback, not two
+            return original(keys, *args, **kwargs)
+        token = _inside.set(True)
+        try:
+            return policy.refuse(reason, lambda: original(keys, *args, **kwargs))
+        finally:
+            _inside.reset(token)
 
     return kernel
 

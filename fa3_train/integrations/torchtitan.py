@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fa3_train.checks import require
+from fa3_train.integrations._layout import readable
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
 
@@ -98,6 +99,7 @@ def varlen_attention(
     if reason is not None:
         _policy.refuse(reason)
     lead = q.shape[:-2]
+    q, k, v = readable(q, k, v)
     options = {
         "softmax_scale": scale,
         "causal": window_size[1] == 0,

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from fa3_train.checks import require
 from fa3_train.integrations import lengths
+from fa3_train.integrations._layout import readable
 from fa3_train.integrations.policy import Policy
 from fa3_train.ops import attention
 
@@ -117,8 +118,8 @@ def supports(
         return "return_max_logit: not served"
     if num_splits not in (None, 0, 1):
         return f"num_splits: split-KV is not served, got {num_splits}"
-    if pad_between_seqs:
-        return "pad_between_seqs: gaps between sequences are not served"
+    if pad_between_seqs and qkv_format != "thd":
+        return f"pad_between_seqs: gaps between sequences need qkv_format='thd', got {qkv_format!r}"
     if score_mod is not None:
         return "score_mod: not served"
     for name, value in others.items():
@@ -127,8 +128,7 @@ def supports(
     return None
 
 
-# Forward arguments that decide nothing here: our backward is 16-bit always, and the second one only
-# says how ``thd_attention_policies``, which are refused, would be carried out.
+# They decide nothing here: our backward is 16-bit always, and policies that differ are refused.
 _IDLE = ("bf16_backward", "thd_attention_policy_dispatch")
 
 
@@ -147,11 +147,6 @@ def _unpack(q, k, v, qkv, kv, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         require(kv.shape[dim] == 2, "kv_layer", f"must have 2 along {dim}", tuple(kv.shape))
         return (q, *kv.unbind(dim))
     return q, k, v
-
-
-def _pack(x: Tensor, keep: Tensor) -> Tensor:
-    """(B, S, heads, D) to the rows where ``keep`` (flat indices) says so."""
-    return x.reshape(-1, *x.shape[2:])[keep]
 
 
 class DotProductAttention(nn.Module):
@@ -318,15 +313,13 @@ class DotProductAttention(nn.Module):
             fp8_output=fp8_output,
             return_max_logit=self.return_max_logit,
             num_splits=num_splits,
-            pad_between_seqs=pad_between_seqs
-            or not lengths.equal(cu_seqlens_q, cu_seqlens_q_padded)
-            or not lengths.equal(cu_seqlens_kv, cu_seqlens_kv_padded),
+            pad_between_seqs=pad_between_seqs,
             score_mod=score_mod,
             window_size=sides,
             bottom_right_diagonal=diagonal,
             seqlens=None
             if token_dim is None
-            else (query_layer.shape[token_dim], key_layer.shape[token_dim]),
+            else (query_layer.shape[token_dim], key_layer.shape[token_dim]),  # fmt: skip
             same_lengths=self._lengths_agree(
                 layout, mask_type, attention_mask, cu_seqlens_q, cu_seqlens_kv
             ),
@@ -367,6 +360,7 @@ class DotProductAttention(nn.Module):
             q, k, v = (x.transpose(0, 1) for x in (query_layer, key_layer, value_layer))
         else:
             q, k, v = query_layer, key_layer, value_layer
+        q, k, v = readable(q, k, v)
 
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if layout == "thd":
@@ -376,7 +370,18 @@ class DotProductAttention(nn.Module):
                 longest = (max_seqlen_q, max_seqlen_q if max_seqlen_kv is None else max_seqlen_kv)
                 if None in longest:  # a synchronisation that the caller can save us
                     longest = (int(cu_q.diff().max()), int(cu_k.diff().max()))
-                return attention.flash_attn_varlen_func(q, k, v, cu_q, cu_k, *longest, **options)
+                room_q, room_k = (
+                    cu if padded is None else padded
+                    for cu, padded in ((cu_q, cu_seqlens_q_padded), (cu_k, cu_seqlens_kv_padded))
+                )
+                return lengths.without_unused(
+                    lambda q, k, v, cu_q, cu_k: attention.flash_attn_varlen_func(
+                        q, k, v, cu_q, cu_k, *longest, **options
+                    ),
+                    q, k, v, room_q, room_k,
+                    None if room_q is cu_q else lengths.of(cu_q),
+                    None if room_k is cu_k else lengths.of(cu_k),
+                )  # fmt: skip
             if padding:
                 return self._padded(q, k, v, attention_mask, cu_seqlens_q, cu_seqlens_kv, options)
             return attention.flash_attn_func(q, k, v, **options)
@@ -423,11 +428,10 @@ class DotProductAttention(nn.Module):
         cu_q, cu_k = lengths.cu_from_lengths(lengths_q), lengths.cu_from_lengths(lengths_k)
         where_q, where_k = (r.flatten().nonzero().flatten() for r in (real_q, real_k))
         out = attention.flash_attn_varlen_func(
-            _pack(q, where_q), _pack(k, where_k), _pack(v, where_k), cu_q, cu_k,
+            q.flatten(0, 1)[where_q], *(x.flatten(0, 1)[where_k] for x in (k, v)), cu_q, cu_k,
             int(lengths_q.max()), int(lengths_k.max()), **options,
         )  # fmt: skip
-        full = out.new_zeros(batch * sq, *out.shape[1:])
-        return full.index_copy(0, where_q, out).view(batch, sq, *out.shape[1:])
+        return lengths.pad_input(out, where_q, batch, sq)
 
 
 def _replacement(core: nn.Module, policy: str, backend: str) -> DotProductAttention:

@@ -244,8 +244,17 @@ def test_transformers_models(kind, rows):
     truth, theirs, ours = results
     assert_as_good(ours[0], truth[0].double(), theirs[0], "out", f"{kind} logits")
     assert ours[1].keys() == truth[1].keys()
-    for name in truth[1]:
+    # Errors of a handful of numbers (sinks, router biases) are too few for a ratio: as one vector,
+    # each divided by its size.
+    few = [name for name, grad in truth[1].items() if grad.numel() < 1000]
+    for name in truth[1].keys() - set(few):
         assert_as_good(ours[1][name], truth[1][name].double(), theirs[1][name], "grad", name)
+    sizes = {name: truth[1][name].double().square().mean().sqrt() for name in few}
+    joined = [
+        torch.cat([(grads[name].double() / sizes[name]).flatten() for name in few]).to(dtype)
+        for (_, grads), dtype in ((ours, BF16), (truth, torch.float64), (theirs, BF16))
+    ]
+    assert_as_good(*joined, "grad", f"{kind} small parameters")
 
 
 @pytest.mark.parametrize(("save", "runs"), [(True, 1), (False, 2)])

@@ -131,6 +131,39 @@ def test_core_beside_theirs(te, case, kv_heads):
         assert_as_good(a, t, b, "out" if name == "out" else "grad", f"{case} {name}")
 
 
+def test_gaps_between_sequences(te):
+    """thd with room between the sequences, which TransformerEngine's context parallelism makes."""
+    cu, room = (
+        torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, 120, 300], [0, 128, 320])
+    )
+    q, k, v = _leaves((320, H, D), (320, 2, D), (320, 2, D))
+    dout = torch.randn(320, H * D, device="cuda", dtype=BF16)
+    used = torch.zeros(320, dtype=torch.bool, device="cuda")
+    used[:120] = used[128:308] = True
+    dout[~used] = 0
+    options = {"num_gqa_groups": 2, "qkv_format": "thd", "attn_mask_type": "padding_causal"}
+    call = {
+        "cu_seqlens_q": cu, "cu_seqlens_kv": cu, "cu_seqlens_q_padded": room,
+        "cu_seqlens_kv_padded": room, "max_seqlen_q": 192, "max_seqlen_kv": 192,
+        "pad_between_seqs": True,
+    }  # fmt: skip
+    results = []
+    for core in (
+        te.DotProductAttention(H, D, **options),
+        te_swap.DotProductAttention(H, D, **options, backend="hopper"),
+    ):
+        out = core(q, k, v, **call)
+        results.append((out, *torch.autograd.grad(out, (q, k, v), dout)))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, _ = reference.attention(
+        *(x[used] for x in exact), causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu
+    )
+    truth = torch.autograd.grad(want.flatten(-2), exact, dout[used].double())
+    for i, t in enumerate((want.flatten(-2), *(x[used] for x in truth))):
+        theirs, ours = (r[i][used] for r in results)
+        assert_as_good(ours, t, theirs, "grad" if i else "out", f"gaps {i}")
+
+
 def _layer(te, dtype=BF16, kv_heads=4, **options):
     layer = te.TransformerLayer(
         512, 1024, H, num_gqa_groups=kv_heads, hidden_dropout=0.0,

@@ -254,6 +254,44 @@ def test_a_reason_is_logged_once_either_way(caplog):
     assert policy.fallback_counts() == {("somewhere", "x: not served"): 3}
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_sequences_shorter_than_their_room(causal):
+    """seqused: unused rows may hold anything, and get zeros and no gradient."""
+    cu_q = torch.tensor([0, 5, 9, 9, 16], dtype=torch.int32)
+    cu_k = torch.tensor([0, 6, 9, 12, 20], dtype=torch.int32)
+    used_q = torch.tensor([3, 4, 0, 6], dtype=torch.int32)
+    used_k = torch.tensor([6, 2, 1, 7], dtype=torch.int32)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(16, 4, 16), torch.randn(20, 2, 16), torch.randn(20, 2, 16)
+    rooms = [(cu_q, used_q, (q,)), (cu_k, used_k, (k, v))]
+    for cu, used, tensors in rooms:
+        for start, end, n in zip(cu, cu[1:], used, strict=False):
+            for x in tensors:
+                x[int(start) + int(n) : int(end)] = float("nan")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = flash_attn.fa3.flash_attn_varlen_func(
+        *leaves, cu_q, cu_k, 7, 8, used_q, used_k, causal=causal, return_attn_probs=True
+    )
+    out.square().sum().backward()
+    assert all(not x.grad.isnan().any() for x in leaves)
+    for b, (n, m) in enumerate(zip(used_q.tolist(), used_k.tolist(), strict=True)):
+        rows_q, rows_k = (
+            slice(int(cu_q[b]), int(cu_q[b]) + n),
+            slice(int(cu_k[b]), int(cu_k[b]) + m),
+        )
+        want, want_lse = reference.attention(
+            q[None, rows_q], k[None, rows_k], v[None, rows_k], causal=causal
+        )
+        torch.testing.assert_close(out[rows_q], want[0].float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse[:, rows_q], want_lse[0].float(), rtol=1e-5, atol=1e-5)
+    assert (out[3:5] == 0).all() and (lse[:, 3:5] == -torch.inf).all()
+    whole = flash_attn.fa3.flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, 7, 8, cu_q.diff(), cu_k.diff()
+    )  # all of it: nothing is copied
+    assert torch.equal(whole.isnan(), flash_attn.fa3.flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, 7, 8).isnan())  # fmt: skip
+
+
 def test_padding_helpers_are_each_others_inverse():
     from fa3_train.integrations import lengths
 

@@ -72,8 +72,6 @@ def test_top_left_packed_sequences_of_unequal_lengths_are_refused():
     module = _ours(qkv_format="thd", attn_mask_type="padding_causal")
     with pytest.raises(policy.UnsupportedRequest, match="top-left.*equal lengths"):
         module(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_k)
-    with pytest.raises(policy.UnsupportedRequest, match="pad_between_seqs"):
-        module(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_q_padded=cu_k)
     want, _ = reference.attention(
         q, k, v, window_size=(-1, 0), cu_seqlens_q=cu_q, cu_seqlens_k=cu_q
     )
@@ -83,6 +81,23 @@ def test_top_left_packed_sequences_of_unequal_lengths_are_refused():
     cu_q[1] = 6  # in place: a remembered answer about the old numbers would be wrong
     with pytest.raises(policy.UnsupportedRequest, match="top-left"):
         module(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_kv=torch.tensor([0, 5, 11]).int())
+
+
+def test_gaps_between_packed_sequences():
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32)
+    room = torch.tensor([0, 5, 11], dtype=torch.int32)
+    q, k, v = _qkv(S)
+    for x in (q, k, v):
+        x.data[3:5] = x.data[9:] = float("nan")
+    module = _ours(qkv_format="thd", attn_mask_type="padding_causal")
+    out = module(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_kv=cu, cu_seqlens_q_padded=room,
+        cu_seqlens_kv_padded=room, pad_between_seqs=True,
+    )  # fmt: skip
+    for rows in (slice(0, 3), slice(5, 9)):
+        want, _ = reference.attention(*(x[None, rows] for x in (q, k, v)), window_size=(-1, 0))
+        torch.testing.assert_close(out[rows], want[0].flatten(-2).float(), **CLOSE)
+    assert (out[3:5] == 0).all() and (out[9:] == 0).all()
 
 
 @pytest.mark.parametrize("dim", [-3, -2])
@@ -173,7 +188,7 @@ def test_checkpointing_the_core():
         ({"softmax_type": "off-by-one"}, "softmax_type.*off-by-one"),
         ({"cp_size": 2}, "cp_group.*2 ranks"),
         ({"fp8_output": True}, "fp8_output"),
-        ({"pad_between_seqs": True}, "pad_between_seqs"),
+        ({"pad_between_seqs": True}, "pad_between_seqs.*'thd'.*'sbhd'"),
         ({"num_splits": 4}, "num_splits.*4"),
         ({"same_lengths": False}, "'causal' is aligned top-left.*equal lengths"),
         (
