@@ -233,27 +233,21 @@ struct Fp8Consumer {
     // The sum of the rounded p' comes with P V (promote). It must not where the block's V is small
     // beside that of blocks before: such p' lie near the end of e4m3 and do not matter to O, but
     // they do to the row sum.
-    constexpr float kSmallOctaves = 3.f;
-    const bool exact_sum = !T::kSumByProduct || !(bias >= top_bias - kSmallOctaves);
-    if constexpr (T::kSumByProduct) top_bias = fmaxf(top_bias, bias);
-    if (exact_sum) {
-      exponentials(shift);
-      l[0] = fmaf(row_sum<0>(s), unbias * kUnit, l[0]);
-      l[1] = fmaf(row_sum<1>(s), unbias * kUnit, l[1]);
-      pack();
-      unbias = 0.f;  // promote adds nothing
-    } else {
-      exponentials(shift);
-      pack();
+    if constexpr (T::kSumByProduct) {
+      constexpr float kSmallOctaves = 3.f;
+      if (!(bias >= top_bias - kSmallOctaves)) {
+        add_exp2(s, unshared(c), shift, unbias * kUnit, l);
+        unbias = 0.f;  // promote adds nothing
+      }
+      top_bias = fmaxf(top_bias, bias);
     }
+    exp2_pack<!T::kSumByProduct>(s, c, shift, probability, unbias, l);
   }
-  FA3_DEVICE void exponentials(const float (&shift)[2]) {
-    row_exp2<0>(s, c, shift[0]);
-    row_exp2<1>(s, c, shift[1]);
-  }
-  FA3_DEVICE void pack() {
-    pack_row<0>(s, probability);
-    pack_row<1>(s, probability);
+  // The same value, but not to the compiler: it would compute the exponentials once, in front of
+  // the branch, and leave the conversions behind it, where they no longer overlap.
+  FA3_DEVICE static float unshared(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
   }
   FA3_DEVICE void row_maxima(float (&top)[2]) {
     top[0] = __int_as_float(row_max_signed<0>(s));

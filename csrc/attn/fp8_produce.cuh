@@ -189,11 +189,12 @@ FA3_DEVICE void transpose_values(const Fp8FwdKernelParams& p, uint32_t smem, int
                         prmt(x[g].z, x[g].w, kEvenBytes), prmt(x[g].z, x[g].w, kOddBytes));
         }
         j -= kColumnGroups;
-        fence_proxy_async_shared();
         __syncwarp();
         if (lane == 0) mbar_arrive(smem + offsetof(Shared, raw_empty) + 8 * raw.stage);
         raw.advance();
       }
+      fence_proxy_async_shared();
+      __syncwarp();
       if (lane == 0) mbar_arrive(smem + offsetof(Shared, vt_full) + 8 * vt.stage);
       vt.advance();
     }

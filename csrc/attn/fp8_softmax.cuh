@@ -61,38 +61,44 @@ FA3_DEVICE float row_max_negative(const float (&s)[N]) {
   return __uint_as_float(min(a, b));
 }
 
-// s = 2^(s * scale - shift)
-template <int kRow, int N>
-FA3_DEVICE void row_exp2(float (&s)[N], float scale, float shift) {
+// sum[row] += weight * sum of 2^(s scale - shift[row])
+template <int N>
+FA3_DEVICE void add_exp2(const float (&s)[N], float scale, const float (&shift)[2], float weight,
+                         float (&sum)[2]) {
 #pragma unroll
-  for (int n = 0; n < N / 4; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      float& x = s[4 * n + 2 * kRow + e];
-      x = exp2_approx(fmaf(x, scale, -shift));
-    }
-}
-
-template <int kRow, int N>
-FA3_DEVICE float row_sum(const float (&s)[N]) {
-  float a = s[2 * kRow], b = s[2 * kRow + 1];
-#pragma unroll
-  for (int n = 1; n < N / 4; ++n) {
-    a += s[4 * n + 2 * kRow];
-    b += s[4 * n + 2 * kRow + 1];
+  for (int r = 0; r < N; ++r) {
+    const int row = (r >> 1) & 1;
+    sum[row] = fmaf(exp2_approx(fmaf(s[r], scale, -shift[row])), weight, sum[row]);
   }
-  return a + b;
 }
 
-// The A operand of P V: of the four words per 32 keys, the two of this row.
-template <int kRow, int N>
-FA3_DEVICE void pack_row(const float (&s)[N], uint32_t* words) {
+// p' = 2^(s scale - shift[row]), rounded to e4m3: the A operand of P V, word by word (of the four
+// words per 32 keys, two belong to either row). With kSum also
+// sum[row] += weight * (sum of p' before it is rounded).
+//
+// One loop in one basic block, because the exponentials, the conversions and the multiplications
+// in front of them run on different units. ptxas would still put all multiplications first, while
+// the exponentials wait: so those of a group depend on a word of the group before it, by a product
+// with zero. (Read as a float a word is finite: bytes of e4m3 without sign are at most 0x7f.)
+template <bool kSum, int N>
+FA3_DEVICE void exp2_pack(const float (&s)[N], float scale, const float (&shift)[2],
+                          uint32_t (&words)[N / 4], float weight, float (&sum)[2]) {
+  float after[2] = {shift[0], shift[1]};
 #pragma unroll
-  for (int k = 0; k < N / 16; ++k)
+  for (int k = 0; k < N / 16; ++k) {
 #pragma unroll
-    for (int w = kRow; w < 4; w += 2)
-      words[4 * k + w] = pack4_e4m3(s[16 * k + p_register(w, 0)], s[16 * k + p_register(w, 1)],
-                                    s[16 * k + p_register(w, 2)], s[16 * k + p_register(w, 3)]);
+    for (int w = 0; w < 4; ++w) {
+      const int row = w & 1;
+      float p[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+        p[b] = exp2_approx(fmaf(s[16 * k + p_register(w, b)], scale, -after[row]));
+      words[4 * k + w] = pack4_e4m3(p[0], p[1], p[2], p[3]);
+      if constexpr (kSum) sum[row] = fmaf((p[0] + p[1]) + (p[2] + p[3]), weight, sum[row]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) after[i] = fmaf(__uint_as_float(words[4 * k + i]), 0.f, shift[i]);
+  }
 }
 
 }  // namespace fa3
