@@ -73,6 +73,13 @@ _100M = (
     "run.eval_every=250",
     "run.eval_batches=32",
 )
+_SMALL_STEPS = (
+    "run.steps=2000",
+    "data.micro_batch=1",
+    "data.global_batch=1",
+    "optimizer.lr=3e-4",
+    "run.eval_every=500",
+)
 _HOPPER = ("attention=hopper",)
 _FP8 = ("attention=fp8", "attention.backend=hopper")
 # Their gradient is taken at the codes; the product's at its 16-bit inputs.
@@ -122,7 +129,7 @@ SUITES = {
     ),
     "deepspeed": Suite(
         "100M Llama, DeepSpeed ZeRO 1 + FusedAdam: killed and resumed",
-        (*_100M, "run.steps=2000", "engine=deepspeed", "engine.optimizer=fused_adam"),
+        (*_100M, *_SMALL_STEPS, "engine=deepspeed", "engine.optimizer=fused_adam"),
         # Deterministic, so that the second life can be held against the first bit by bit. The
         # FP8 attention has no such mode: its dQ is added with atomics.
         (Series("bf16", (*_HOPPER, "attention.deterministic=true")), Series("fp8", _FP8)),
