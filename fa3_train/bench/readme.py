@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fa3_train.bench import e2e, head, layer, logging_cost, profile
+from fa3_train.bench import curves_report, e2e, fp8_variants, head, layer, logging_cost, profile
 from fa3_train.bench.tables import geometric_mean, rate, ratios
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +160,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "e2e_mfu": _made_by(e2e, "text", "e2e_mfu"),
     "head": _made_by(head, "text", "head"),
     "logging": _made_by(logging_cost, "text", "logging"),
+    "curves_backends": _made_by(curves_report, "table", "curves_backends"),
+    "curves_fp8": _made_by(curves_report, "table", "curves_fp8"),
+    "curves_ablation": _made_by(curves_report, "table", "curves_ablation"),
+    "curves_deepspeed": _made_by(curves_report, "table", "curves_deepspeed"),
+    "perplexity": _made_by(fp8_variants, "text", "perplexity"),
     "profile": _made_by(profile, "table", "profile"),
     "profile_fp8": _made_by(profile, "table", "profile_fp8"),
 }
