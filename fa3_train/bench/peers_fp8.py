@@ -3,8 +3,8 @@
 ``ours`` and ``fa3`` are timed on tensors that are already quantized, each with the scales that it
 takes: one per 128 tokens and head, or one per batch entry and key/value head. ``ours-full`` starts
 from bf16 and contains the fused Hadamard and quantization: what a training step pays.
-``ours-single`` accumulates P V in the tensor core alone, as FA3 does: faster, and inexact over long
-sequences (docs/fp8.md).
+``ours-single`` accumulates P V in the tensor core alone, as FA3 does: inexact over long sequences
+(docs/fp8.md). ``cudnn`` takes one scale per tensor and writes e4m3.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 from fa3_train import _lib, reference_fp8
 from fa3_train.bench.cells import Cell
 from fa3_train.bench.peers import Call, Fa3, Inputs, Peer
+from fa3_train.bench.peers_cudnn import CudnnFp8
 
-NAMES = ("ours", "ours-full", "ours-single", "fa3")
+NAMES = ("ours", "ours-full", "ours-single", "fa3", "cudnn")
 
 
 class OursFp8(Peer):
@@ -103,6 +104,6 @@ def make_peers_fp8(names: list[str], fa3_library: str | None = None) -> list[Pee
         raise ValueError(f"--peers with --dtype fp8: must be from {NAMES}, got {sorted(unknown)}")
     made = {
         "ours": OursFp8, "ours-full": OursFull, "ours-single": OursSingle,
-        "fa3": lambda: Fa3Fp8(fa3_library),
+        "fa3": lambda: Fa3Fp8(fa3_library), "cudnn": CudnnFp8,
     }  # fmt: skip
     return [made[name]() for name in NAMES if name in names]

@@ -142,7 +142,7 @@ def test_peers_say_why_they_cannot():
     with pytest.raises(ValueError, match="--peers: must be from"):
         peers.make_peers(["fa5"])
     with pytest.raises(ValueError, match="--peers with --dtype fp8: must be from"):
-        peers_fp8.make_peers_fp8(["cudnn"])
+        peers_fp8.make_peers_fp8(["fa2"])
 
 
 def result():
