@@ -170,7 +170,7 @@ typedef struct fa3_prep_params {
   int32_t inverse;
   int32_t in_dtype, out_dtype; /* BF16, FP16; in_dtype also FP32 with inverse, and E4M3 */
   int32_t block_size;          /* 128 (64: 64-token blocks) */
-  int32_t options;              /* bit 0: tensor-core kernel where it serves (head_dim 64, 128); 0: the defaults */
+  int32_t options;              /* bit 0: FP32 kernels only, where tensor cores would serve (head_dim 64, 128) */
 } fa3_prep_params;
 
 FA3_API int fa3_prep(const fa3_prep_params* params);

@@ -1,4 +1,5 @@
-// Work items of the kernels that keep a block of tokens: which rows, which heads, where results belong.
+// Work items of the kernels that keep a block of tokens: which rows, which heads, where results
+// belong.
 #pragma once
 #include "prep/params.h"
 #include "ptx/types.cuh"
@@ -6,8 +7,8 @@
 namespace fa3::prep {
 
 struct Item {
-  int token0, batch;  // coordinates of the first token in the tensor maps
-  int tokens;         // of the sequence in this block; 0: unused slot
+  int token0, batch;            // coordinates of the first token in the tensor maps
+  int tokens;                   // of the sequence in this block; 0: unused slot
   int position0, position_row;  // position without ids; index of the first token in position_ids
   int block, batch_out;         // where the descales go
   int phase, count;             // heads phase, phase + phases, ...
@@ -31,11 +32,15 @@ FA3_DEVICE Item decode_item(const Params& p, int index) {
     it.position_row = it.batch * p.sequences.seqlen + it.token0;
     return it;
   }
-  // Sequence b owns the slots from cu[b] / block_tokens + b on: find the last b that starts at or before this one.
+  // Sequence b owns the slots from cu[b] / block_tokens + b on: find the last b that starts at or
+  // before this one.
   int low = 0, high = p.sequences.batch - 1;
   while (low < high) {
     const int mid = (low + high + 1) / 2;
-    if (cu[mid] / p.block_tokens + mid <= block) low = mid; else high = mid - 1;
+    if (cu[mid] / p.block_tokens + mid <= block)
+      low = mid;
+    else
+      high = mid - 1;
   }
   const int begin = cu[low], end = min(cu[low + 1], p.sequences.total);
   const int inside = (block - begin / p.block_tokens - low) * p.block_tokens;

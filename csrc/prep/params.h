@@ -47,30 +47,6 @@ struct BlockParams {
   int table_offset, control_offset;     // within dynamic shared memory
 };
 
-// ---- tensor-core kernel: scale blocks -> e4m3, or 16-bit ----
-
-struct MmaTensor {
-  char* out;
-  int64_t out_batch, out_token, out_head;  // bytes
-  float* descale;                          // (batch, heads, blocks)
-  int heads, rope;
-};
-
-struct MmaParams {
-  CUtensorMap in[kMaxTensors];  // 4D: (head_dim, head, token, batch)
-  MmaTensor tensors[kMaxTensors];
-  Rotation rotation;
-  Sequences sequences;
-  const float* signs;
-  int first_tile[kMaxTensors];
-  int num_tensors, heads_total;
-  int block_tokens, blocks, items, phases;  // as in BlockParams
-  int quantize;
-  // Rotated tensors and those that wgmma reads as they are: whether any, and whether they are transformed.
-  int turned, turned_hadamard, straight, straight_hadamard;
-  int matrix_offset, straight_offset, table_offset, control_offset;  // within dynamic shared memory
-};
-
 // ---- token kernel: tiles of a few tokens x many heads -> 16-bit ----
 
 struct TokenTensor {
@@ -96,6 +72,20 @@ struct TokenParams {
   int warp_bytes, control_offset;
 };
 
+// ---- tile kernel: 64 rows that lie together -> 16-bit, on tensor cores ----
+
+struct TileParams {
+  CUtensorMap in[kMaxTensors], out[kMaxTensors];
+  TokenTensor tensors[kMaxTensors];
+  Rotation rotation;
+  Sequences sequences;
+  const float* signs;
+  int num_tensors;
+  int group_tokens_log2, groups_per_batch, tiles_per_group, tiles;  // as in TokenParams
+  int stages, stage_bytes;
+  int matrix_offset, control_offset;
+};
+
 // ---- rotary kernel: elementwise, 16-bit or fp32 -> 16-bit ----
 
 struct RopeTensor {
@@ -111,13 +101,13 @@ struct RopeParams {
   Rotation rotation;
   Sequences sequences;
   int num_tensors, head_dim;
-  int units;            // lanes of a head
-  int lane_heads;       // heads of a warp side by side
-  int heads_per_warp;   // heads that one warp walks, over the tensors
-  int splits;           // warps of a token
+  int units;           // lanes of a head
+  int lane_heads;      // heads of a warp side by side
+  int heads_per_warp;  // heads that one warp walks, over the tensors
+  int splits;          // warps of a token
   int sm_count;
-  int64_t rows;         // batch * seqlen or total
-  float direction;      // +1 rotate, -1 rotate back
+  int64_t rows;     // batch * seqlen or total
+  float direction;  // +1 rotate, -1 rotate back
 };
 
 // ---- dequantization: codes -> 16-bit ----
@@ -135,6 +125,7 @@ struct DequantizeParams {
   DequantizeTensor tensors[kMaxTensors];
   Sequences sequences;
   int num_tensors, head_dim, block_tokens, blocks;
+  int sm_count;
   int64_t rows;
 };
 

@@ -1,10 +1,10 @@
-# One translation unit per head dim and dtype, and one for the tensor-core kernel where there is one.
+# One translation unit per head dim and dtype, and one for the tensor-core kernels where there are some.
 foreach(dtype bf16 fp16)
   foreach(head_dim 64 96 128 192 256)
     fa3_instance(prep_d${head_dim}_${dtype} "prep/instances.cuh" "FA3_PREP_INSTANCES(${head_dim}, ${dtype})")
   endforeach()
   foreach(head_dim 64 128)
-    fa3_instance(prep_mma_d${head_dim}_${dtype} "prep/instances.cuh" "FA3_PREP_MMA_INSTANCES(${head_dim}, ${dtype})")
+    fa3_instance(prep_tile_d${head_dim}_${dtype} "prep/instances.cuh" "FA3_PREP_TILE_INSTANCES(${head_dim}, ${dtype})")
   endforeach()
 endforeach()
 fa3_provides(prep)

@@ -1,26 +1,30 @@
-// Rotary embedding alone: x (batch, token, head, D) 16-bit or fp32 -> rotated, 16-bit, any D that is a multiple of 8.
+// Rotary embedding alone: x (batch, token, head, D) 16-bit or fp32 -> rotated, 16-bit, any D that
+// is a multiple of 8.
 //
-// Elementwise, so nothing is shared between threads. A warp owns a token and walks over its heads, which lie
-// together in memory: it streams through kilobytes without a gap, as a copy does; then it takes another token. A lane owns a pair of eight-element
-// chunks of a head and keeps their cos and sin in registers; at D = 128 eight lanes cover a head and four heads go side
-// by side. Several steps of heads are in flight at a time.
+// Elementwise, so nothing is shared between threads. A warp owns a token and walks over its heads,
+// which lie together in memory: it streams through kilobytes without a gap, as a copy does; then it
+// takes another token. A lane owns a pair of eight-element chunks of a head and keeps their cos and
+// sin in registers; at D = 128 eight lanes cover a head and four heads go side by side. Several
+// steps of heads are in flight at a time.
 //
-//   NeoX:        chunks u and u + rotary_dim / 16; elements past rotary_dim are copied, two chunks a lane
-//   interleaved: chunks u and u + chunks / 2, each with its own four pairs
-// A NeoX rotary_dim that is not a multiple of 16 has pairs inside a chunk: rope_kernel_scalar, slower, same results.
+//   NeoX:        chunks u and u + rotary_dim / 16; elements past rotary_dim are copied, two chunks
+//   a lane interleaved: chunks u and u + chunks / 2, each with its own four pairs
+// A NeoX rotary_dim that is not a multiple of 16 has pairs inside a chunk: rope_kernel_scalar,
+// slower, same results.
+#include "host.h"
 #include "prep/params.h"
 #include "prep/row_math.cuh"
-
-#include "host.h"
 
 namespace fa3::prep {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kBlocksPerSm = 2;  // 128 registers a thread; more bytes in flight per thread beat more threads
+constexpr int kBlocksPerSm =
+    2;  // 128 registers a thread; more bytes in flight per thread beat more threads
 template <class In>
-constexpr int kAheadOf = sizeof(In) == 4 ? 3 : 6;  // steps loaded ahead of use, 64 or 32 bytes a lane each
+constexpr int kAheadOf =
+    sizeof(In) == 4 ? 3 : 6;  // steps loaded ahead of use, 64 or 32 bytes a lane each
 
 struct Place {
   int64_t batch, token;  // where the row lies in the tensors
@@ -29,7 +33,8 @@ struct Place {
 
 FA3_DEVICE Place place_of(const RopeParams& p, int64_t row) {
   const Sequences& s = p.sequences;
-  if (s.cu_seqlens) return {0, row, row < s.cu_seqlens[s.batch]};  // rows that no sequence owns are left alone
+  if (s.cu_seqlens)
+    return {0, row, row < s.cu_seqlens[s.batch]};  // rows that no sequence owns are left alone
   const int64_t batch = row / s.seqlen;
   return {batch, row - batch * s.seqlen, true};
 }
@@ -44,7 +49,10 @@ FA3_DEVICE int angle_of(const RopeParams& p, int64_t row, const Place& place) {
     int low = 0, high = s.batch - 1;  // the last sequence that starts at or before this row
     while (low < high) {
       const int mid = (low + high + 1) / 2;
-      if (s.cu_seqlens[mid] <= row) low = mid; else high = mid - 1;
+      if (s.cu_seqlens[mid] <= row)
+        low = mid;
+      else
+        high = mid - 1;
     }
     position = int(row) - s.cu_seqlens[low];
   }
@@ -78,14 +86,17 @@ struct Chunk {  // eight elements as loaded
 
 template <class Out>
 FA3_DEVICE void store_chunk(char* out, const float* f) {
-  *reinterpret_cast<uint4*>(out) =
-      make_uint4(pack2<Out>(f[0], f[1]), pack2<Out>(f[2], f[3]), pack2<Out>(f[4], f[5]), pack2<Out>(f[6], f[7]));
+  *reinterpret_cast<uint4*>(out) = make_uint4(pack2<Out>(f[0], f[1]), pack2<Out>(f[2], f[3]),
+                                              pack2<Out>(f[4], f[5]), pack2<Out>(f[6], f[7]));
 }
 
-// cos and sin of pairs pair .. pair + N - 1 of a row of the tables; those from `count` on do not turn.
+// cos and sin of pairs pair .. pair + N - 1 of a row of the tables; those from `count` on do not
+// turn.
 template <int N>
-FA3_DEVICE void load_angles(const RopeParams& p, int angle, int pair, int count, float* c, float* s) {
-  const float fill = angle < 0 ? __uint_as_float(0x7fffffffu) : 1.f;  // a position outside of the tables must show
+FA3_DEVICE void load_angles(const RopeParams& p, int angle, int pair, int count, float* c,
+                            float* s) {
+  const float fill =
+      angle < 0 ? __uint_as_float(0x7fffffffu) : 1.f;  // a position outside of the tables must show
 #pragma unroll
   for (int i = 0; i < N; ++i) c[i] = i < count ? fill : 1.f, s[i] = 0.f;
   if (angle < 0 || count <= 0) return;
@@ -106,7 +117,8 @@ FA3_DEVICE void load_angles(const RopeParams& p, int angle, int pair, int count,
 }
 
 template <class In, class Out, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __grid_constant__ RopeParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    rope_kernel(const __grid_constant__ RopeParams p) {
   constexpr int kAhead = kAheadOf<In>, kChunkIn = 8 * sizeof(In);
   const int lane = threadIdx.x % 32;
   const int lane_head = lane / p.units, unit = lane - lane_head * p.units;
@@ -115,15 +127,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __gr
   // ---- which two chunks of a head
   const int chunks = p.head_dim / 8, rotated = p.rotation.rotary_dim / 16;
   int low = 2 * unit, high = 2 * unit + 1;
-  if (kInterleaved) low = unit, high = unit + p.units;
-  else if (unit < rotated) low = unit, high = unit + rotated;
+  if (kInterleaved)
+    low = unit, high = unit + p.units;
+  else if (unit < rotated)
+    low = unit, high = unit + rotated;
   const bool pair = high < chunks;  // an odd number of chunks leaves a single one
 
   // ---- tokens in turn; their heads in steps of lane_heads, over the tensors
   const int64_t walks = p.rows * p.splits;
   const int64_t stride = int64_t(gridDim.x) * kWarps;
 #pragma unroll 1
-  for (int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; index < walks; index += stride) {
+  for (int64_t index = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; index < walks;
+       index += stride) {
     const int64_t row = index / p.splits;
     const Place place = place_of(p, row);
     if (!place.exists) continue;
@@ -139,14 +154,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __gr
       }
       const int heads = min(left, tensor.heads - first);
       left -= heads;
-      const int64_t x_step = p.lane_heads * tensor.x_head, out_step = p.lane_heads * tensor.out_head;
+      const int64_t x_step = p.lane_heads * tensor.x_head,
+                    out_step = p.lane_heads * tensor.out_head;
       const char* x = tensor.x + place.batch * tensor.x_batch + place.token * tensor.x_token +
                       (first + lane_head) * tensor.x_head;
       char* out = tensor.out + place.batch * tensor.out_batch + place.token * tensor.out_token +
                   (first + lane_head) * tensor.out_head;
       first = 0;
       Chunk<In> a[kAhead], b[kAhead];
-      if (!pair) {  // what register b would hold instead turns the single chunk into NaN: s is 0, 0 * NaN is not
+      if (!pair) {  // what register b would hold instead turns the single chunk into NaN: s is 0, 0
+                    // * NaN is not
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) b[i] = Chunk<In>{};
       }
@@ -206,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) rope_kernel(const __gr
 
 // One thread per element pair (or copied element) of one token, over the heads.
 template <class In, class Out>
-__global__ void __launch_bounds__(kThreads) rope_kernel_scalar(const __grid_constant__ RopeParams p) {
+__global__ void __launch_bounds__(kThreads)
+    rope_kernel_scalar(const __grid_constant__ RopeParams p) {
   const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t row = index / p.units;
   const int unit = int(index - row * p.units);
@@ -254,8 +272,10 @@ int launch(const RopeParams& params, cudaStream_t stream) {
     const int64_t needed = (p.rows * p.splits + kWarps - 1) / kWarps;
     const int64_t resident = int64_t(p.sm_count) * kBlocksPerSm;
     const unsigned blocks = static_cast<unsigned>(needed < resident ? needed : resident);
-    if (p.rotation.interleaved) rope_kernel<In, Out, true><<<blocks, kThreads, 0, stream>>>(p);
-    else rope_kernel<In, Out, false><<<blocks, kThreads, 0, stream>>>(p);
+    if (p.rotation.interleaved)
+      rope_kernel<In, Out, true><<<blocks, kThreads, 0, stream>>>(p);
+    else
+      rope_kernel<In, Out, false><<<blocks, kThreads, 0, stream>>>(p);
   }
   return check_cuda(cudaGetLastError(), "fa3_prep: launch of the rotary kernel");
 }

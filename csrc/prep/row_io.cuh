@@ -1,10 +1,13 @@
-// A row between shared memory and registers: swizzled reads, signs, rotation while loading, conversion while writing.
+// A row between shared memory and registers: swizzled reads, signs, rotation while loading,
+// conversion while writing.
 //
-// A warp's tile lies in shared memory as TMA leaves it: [slab][row][128 bytes], 16-byte units XORed with the row. A
-// lane reads and writes its own row only (RowShape), so a warp needs no more than __syncwarp() around TMA.
+// A warp's tile lies in shared memory as TMA leaves it: [slab][row][128 bytes], 16-byte units XORed
+// with the row. A lane reads and writes its own row only (RowShape), so a warp needs no more than
+// __syncwarp() around TMA.
 //
-// Signs multiply x while it is packed (one XOR for two elements); the product of the signs of a pair goes into sin
-// when the table is filled, so that rotating signed elements gives the signed rotated ones.
+// Signs multiply x while it is packed (one XOR for two elements); the product of the signs of a
+// pair goes into sin when the table is filled, so that rotating signed elements gives the signed
+// rotated ones.
 #pragma once
 #include "prep/params.h"
 #include "prep/row_math.cuh"
@@ -24,7 +27,8 @@ struct SignTable {
   // By all warps of the block; a barrier follows.
   FA3_DEVICE void fill(const float* signs, int warp, int warps, int lane) {
     for (int word = warp; word < D / 32; word += warps) {  // one element a lane
-      const uint32_t ballot = __ballot_sync(0xffffffffu, signs != nullptr && signbit(signs[word * 32 + lane]));
+      const uint32_t ballot =
+          __ballot_sync(0xffffffffu, signs != nullptr && signbit(signs[word * 32 + lane]));
       if (lane == 0) bits[word] = ballot;
       if (lane < 4) {
         const uint32_t b = ballot >> (8 * lane);
@@ -41,18 +45,21 @@ struct SignTable {
       const int a = interleaved ? 2 * pair : pair, b = interleaved ? a + 1 : a + rotary_dim / 2;
       return sine ^ ((element(a) ^ element(b)) << 31);
     };
-    return make_uint4(one(sines.x, first), one(sines.y, first + 1), one(sines.z, first + 2), one(sines.w, first + 3));
+    return make_uint4(one(sines.x, first), one(sines.y, first + 1), one(sines.z, first + 2),
+                      one(sines.w, first + 3));
   }
 };
 
-// Where the angles of a token are in the tables: its own id, else its place in the sequence. -1: outside.
+// Where the angles of a token are in the tables: its own id, else its place in the sequence. -1:
+// outside.
 FA3_DEVICE int checked_position(int position, int positions) {
   return unsigned(position) < unsigned(positions) ? position : -1;
 }
 
-// One 16-byte unit of cos and of sin -> shared memory; NaN for a position outside of the tables, which must show.
-FA3_DEVICE void copy_angles(uint32_t cos_at, uint32_t sin_at, const float* cos, const float* sin, int position,
-                            int half, int unit) {
+// One 16-byte unit of cos and of sin -> shared memory; NaN for a position outside of the tables,
+// which must show.
+FA3_DEVICE void copy_angles(uint32_t cos_at, uint32_t sin_at, const float* cos, const float* sin,
+                            int position, int half, int unit) {
   if (position >= 0) {
     const int64_t src = int64_t(position) * half + unit * 4;
     cp_async_16(cos_at, cos + src);
@@ -91,8 +98,9 @@ FA3_DEVICE void unpack_chunk(float* v, uint4 x, uint4 mask) {
 
 // Input rows -> values, signed and rotated.
 template <class Shape, class Elem>
-FA3_DEVICE void load_forward(float (&v)[Shape::kValues], const Rotation& p, const RowReader<Shape>& in,
-                             const TableRow<Shape::kLanes>& table, const uint4* masks, bool rope) {
+FA3_DEVICE void load_forward(float (&v)[Shape::kValues], const Rotation& p,
+                             const RowReader<Shape>& in, const TableRow<Shape::kLanes>& table,
+                             const uint4* masks, bool rope) {
   constexpr int kChunks = Shape::kChunks;
   if (rope && !p.interleaved && !p.partial_neox) {
 #pragma unroll
@@ -136,11 +144,12 @@ FA3_DEVICE void write_chunk(const float* f, uint32_t address, uint4 mask) {
                              pack2<Elem>(f[4], f[5]) ^ mask.z, pack2<Elem>(f[6], f[7]) ^ mask.w));
 }
 
-// Values -> 16-bit rows; of a gradient, after the rotation back. Rotation and write share a loop, so that few values
-// are alive where the branches meet.
+// Values -> 16-bit rows; of a gradient, after the rotation back. Rotation and write share a loop,
+// so that few values are alive where the branches meet.
 template <class Shape, class Elem, bool kInverse>
-FA3_DEVICE void write_16bit(float (&v)[Shape::kValues], const Rotation& p, const RowReader<Shape>& out,
-                            const TableRow<Shape::kLanes>& table, const uint4* masks, bool rope) {
+FA3_DEVICE void write_16bit(float (&v)[Shape::kValues], const Rotation& p,
+                            const RowReader<Shape>& out, const TableRow<Shape::kLanes>& table,
+                            const uint4* masks, bool rope) {
   constexpr int kChunks = Shape::kChunks;
   if (kInverse && rope && !p.interleaved && !p.partial_neox) {
 #pragma unroll
@@ -156,15 +165,18 @@ FA3_DEVICE void write_16bit(float (&v)[Shape::kValues], const Rotation& p, const
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int chunk = out.chunk(c);
-    if (kInverse && chunk < rotated) rotate_neighbours<true>(v + 8 * c, table.template angles<4>(4 * chunk));
+    if (kInverse && chunk < rotated)
+      rotate_neighbours<true>(v + 8 * c, table.template angles<4>(4 * chunk));
     write_chunk<Elem>(v + 8 * c, out.unit(chunk), masks[chunk]);
   }
 }
 
 // Values / scale -> e4m3 rows in the output buffer.
 template <class Shape>
-FA3_DEVICE void write_e4m3(float (&v)[Shape::kValues], const RowReader<Shape>& out, float inverse, bool pending) {
-  // A chunk is 8 bytes. With one lane a row two of them make a 16-byte unit, which is free of bank conflicts.
+FA3_DEVICE void write_e4m3(float (&v)[Shape::kValues], const RowReader<Shape>& out, float inverse,
+                           bool pending) {
+  // A chunk is 8 bytes. With one lane a row two of them make a 16-byte unit, which is free of bank
+  // conflicts.
   constexpr int kTogether = Shape::kLanes == 1 ? 2 : 1;
 #pragma unroll
   for (int c = 0; c < Shape::kChunks; c += kTogether) {
@@ -182,8 +194,10 @@ FA3_DEVICE void write_e4m3(float (&v)[Shape::kValues], const RowReader<Shape>& o
       w[h] = pack4_e4m3(f[0], f[1], f[2], f[3]);
     }
     const int chunk = out.chunk(c);
-    if constexpr (kTogether == 2) sts128(out.unit(chunk / 2), make_uint4(w[0], w[1], w[2], w[3]));
-    else sts64(out.unit(chunk / 2) + (chunk & 1) * 8, w[0], w[1]);
+    if constexpr (kTogether == 2)
+      sts128(out.unit(chunk / 2), make_uint4(w[0], w[1], w[2], w[3]));
+    else
+      sts64(out.unit(chunk / 2) + (chunk & 1) * 8, w[0], w[1]);
   }
 }
 

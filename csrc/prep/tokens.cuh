@@ -1,25 +1,34 @@
-// Rotary embedding and random-sign Hadamard with 16-bit results, and the gradient of either. One pass over memory.
+// Rotary embedding and random-sign Hadamard with 16-bit results, and the gradient of either. One
+// pass over memory.
 //
 //   x (batch, token, head, D) 16-bit  ->  rotation, signs, Hadamard  ->  16-bit
-//   inverse: gradient 16-bit or fp32  ->  Hadamard, signs, rotation by the opposite angle  ->  16-bit
+//   inverse: gradient 16-bit or fp32  ->  Hadamard, signs, rotation by the opposite angle  ->
+//   16-bit
 //
-// Without a block maximum every row stands alone, so a warp's tile is what lies together in memory: all heads of a
-// token, or a few tokens where heads are few. Tiles go to the warps of the whole GPU in memory order, which is how a
-// copy walks; warps share nothing (each has its tile's angles in its own shared memory) and never wait for each other.
+// Without a block maximum every row stands alone, so a warp's tile is what lies together in memory:
+// all heads of a token, or a few tokens where heads are few. Tiles go to the warps of the whole GPU
+// in memory order, which is how a copy walks; warps share nothing (each has its tile's angles in
+// its own shared memory) and never wait for each other.
 //
-// A lane holds a row (token, head), two lanes at D >= 192; lanes of a token read the same angles, a broadcast. TMA
-// brings the tile after next, or the next one, while this one is computed, and takes results from a second buffer.
+// A lane holds a row (token, head), two lanes at D >= 192; lanes of a token read the same angles, a
+// broadcast. TMA brings the tile after next, or the next one, while this one is computed, and takes
+// results from a second buffer.
 #pragma once
 #include "prep/row_io.cuh"
+#include "prep/tile_order.cuh"
 
 namespace fa3::prep {
 
 template <int D>
 struct TokenTraits : RowShape<D> {
-  static constexpr int kThreads = D == 64 ? 512 : D <= 128 ? 384 : 256;  // registers, as in blocks.cuh
+  static constexpr int kThreads = D == 64    ? 512
+                                  : D <= 128 ? 384
+                                             : 256;  // registers, as in blocks.cuh
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kMaxStages = 2;
-  static FA3_HD constexpr int slabs(int element_bytes) { return (D * element_bytes + kSlabBytes - 1) / kSlabBytes; }
+  static FA3_HD constexpr int slabs(int element_bytes) {
+    return (D * element_bytes + kSlabBytes - 1) / kSlabBytes;
+  }
 };
 
 template <int D>
@@ -28,47 +37,9 @@ struct TokenControl {
   SignTable<D> signs;
 };
 
-// Coordinates of a warp's tile.
-struct Tile {
-  int tensor, head, token, batch;
-};
-
-FA3_DEVICE Tile locate_tile(const TokenParams& p, int rows_log2, int index) {
-  Tile tile;
-  const int group = index / p.tiles_per_group, inside = index - group * p.tiles_per_group;
-  tile.tensor = (inside >= p.tensors[1].first_tile) + (inside >= p.tensors[2].first_tile);
-  const TokenTensor& tensor = p.tensors[tile.tensor];
-  const int local = inside - tensor.first_tile;
-  const int step = local / tensor.head_chunks, chunk = local - step * tensor.head_chunks;
-  tile.batch = group / p.groups_per_batch;
-  tile.token = ((group - tile.batch * p.groups_per_batch) << p.group_tokens_log2) +
-               (step << (rows_log2 - tensor.heads_log2));
-  tile.head = chunk << tensor.heads_log2;
-  return tile;
-}
-
-// Row of the tables for token `token` of batch entry `batch`; -1: outside.
-FA3_DEVICE int position_of(const TokenParams& p, int batch, int token) {
-  const Sequences& s = p.sequences;
-  const int32_t* cu = s.cu_seqlens;
-  token = min(token, (cu ? s.total : s.seqlen) - 1);  // rows past the end are zeros and must meet finite angles
-  int position = token;
-  if (p.rotation.position_ids) {
-    position = p.rotation.position_ids[(cu ? 0 : batch * s.seqlen) + token];
-  } else if (cu) {
-    int low = 0, high = s.batch - 1;  // the last sequence that starts at or before the token
-    while (low < high) {
-      const int mid = (low + high + 1) / 2;
-      if (cu[mid] <= token) low = mid; else high = mid - 1;
-    }
-    position = token - cu[low];
-    if (token >= cu[low + 1]) position = 0;  // a row of no sequence
-  }
-  return checked_position(position, p.rotation.positions);
-}
-
 template <int D, class Elem, bool kInverse>
-__global__ void __launch_bounds__(TokenTraits<D>::kThreads, 1) token_kernel(const __grid_constant__ TokenParams p) {
+__global__ void __launch_bounds__(TokenTraits<D>::kThreads, 1)
+    token_kernel(const __grid_constant__ TokenParams p) {
   using Shape = TokenTraits<D>;
   using Row = TableRow<Shape::kLanes>;
   constexpr int kRowsLog2 = Shape::kRows == 32 ? 5 : 4;
@@ -78,7 +49,8 @@ __global__ void __launch_bounds__(TokenTraits<D>::kThreads, 1) token_kernel(cons
   const int warps = blockDim.x / 32;
   const int row = lane_row<Shape::kLanes>(lane), part = Shape::kLanes == 1 ? 0 : lane & 1;
 
-  // Buffers of the warp: inputs, output, angles. All input and output buffers come first, for their alignment.
+  // Buffers of the warp: inputs, output, angles. All input and output buffers come first, for their
+  // alignment.
   const uint32_t base = smem_addr(shared) + warp * p.warp_bytes;
   const uint32_t stage_out = base + p.stages * p.stage_in_bytes;
   const uint32_t table_base = smem_addr(shared) + warps * p.warp_bytes + warp * p.table_bytes;
@@ -87,7 +59,8 @@ __global__ void __launch_bounds__(TokenTraits<D>::kThreads, 1) token_kernel(cons
 
   if (threadIdx.x == 0) {
 #pragma unroll 1
-    for (int i = 0; i < warps * Shape::kMaxStages; ++i) mbar_init(smem_addr(&control.full[0][0]) + 8 * i, 1);
+    for (int i = 0; i < warps * Shape::kMaxStages; ++i)
+      mbar_init(smem_addr(&control.full[0][0]) + 8 * i, 1);
     mbar_init_fence();
   }
   control.signs.fill(p.signs, warp, warps, lane);
@@ -102,12 +75,14 @@ __global__ void __launch_bounds__(TokenTraits<D>::kThreads, 1) token_kernel(cons
       mbar_arrive_expect_tx(full + 8 * stage, slabs_in * Shape::kRows * kSlabBytes);
 #pragma unroll 1
       for (int s = 0; s < slabs_in; ++s)
-        tma_load_4d(base + stage * p.stage_in_bytes + s * Shape::kRows * kSlabBytes, &p.in[tile.tensor],
-                    full + 8 * stage, kL2EvictNormal, s * slab_columns, tile.head, tile.token, tile.batch);
+        tma_load_4d(base + stage * p.stage_in_bytes + s * Shape::kRows * kSlabBytes,
+                    &p.in[tile.tensor], full + 8 * stage, kL2EvictNormal, s * slab_columns,
+                    tile.head, tile.token, tile.batch);
     }
     __syncwarp();
   };
-  // Angles of the tile's tokens: copied ahead of use, then sin gets the signs. Both by the same lanes.
+  // Angles of the tile's tokens: copied ahead of use, then sin gets the signs. Both by the same
+  // lanes.
   const int units = p.rotation.rotary_dim / 8;
   auto copy_table = [&](int index) {
     const Tile tile = locate_tile(p, kRowsLog2, index);
@@ -129,8 +104,10 @@ __global__ void __launch_bounds__(TokenTraits<D>::kThreads, 1) token_kernel(cons
 #pragma unroll 1
       for (int i = lane; i < cells; i += 32) {
         const int token = i / units, unit = i - token * units;
-        const uint32_t at = table_base + p.table_bytes / 2 + Row::offset(token, unit, p.table_pitch);
-        sts128(at, control.signs.fix(lds128(at), 4 * unit, p.rotation.rotary_dim, p.rotation.interleaved != 0));
+        const uint32_t at =
+            table_base + p.table_bytes / 2 + Row::offset(token, unit, p.table_pitch);
+        sts128(at, control.signs.fix(lds128(at), 4 * unit, p.rotation.rotary_dim,
+                                     p.rotation.interleaved != 0));
       }
     }
     __syncwarp();
@@ -184,20 +161,22 @@ __global__ void __launch_bounds__(TokenTraits<D>::kThreads, 1) token_kernel(cons
       for (int i = 0; i < Shape::kValues; i += 2) finish_pair(v[i], v[i + 1], Shape::kScale);
     }
     if constexpr (kInverse) {
-      if (rope && p.rotation.partial_neox) rotate_partial_neox<Shape, true>(v, table, part, distance);
+      if (rope && p.rotation.partial_neox)
+        rotate_partial_neox<Shape, true>(v, table, part, distance);
     }
 
     // ---- write to the output buffer, once its last store has left it; store
     if (lane == 0) bulk_wait_read<0>();
     __syncwarp();
-    write_16bit<Shape, Elem, kInverse>(v, p.rotation, out, table, control.signs.masks[kInverse && hadamard], rope);
+    write_16bit<Shape, Elem, kInverse>(v, p.rotation, out, table,
+                                       control.signs.masks[kInverse && hadamard], rope);
     fence_proxy_async_shared();
     __syncwarp();
     if (lane == 0) {
 #pragma unroll
       for (int s = 0; s < Shape::slabs(2); ++s)
-        tma_store_4d(&p.out[tile.tensor], stage_out + s * Shape::kRows * kSlabBytes, s * kSlabBytes / 2, tile.head,
-                     tile.token, tile.batch);
+        tma_store_4d(&p.out[tile.tensor], stage_out + s * Shape::kRows * kSlabBytes,
+                     s * kSlabBytes / 2, tile.head, tile.token, tile.batch);
       bulk_commit();
     }
     if constexpr (kInverse) {

@@ -25,6 +25,15 @@ FA3_DEVICE uint4 load_once(const void* address) {
   return v;
 }
 
+// The same, 8 bytes.
+FA3_DEVICE uint2 load_once_8(const void* address) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(address));
+  return v;
+}
+
 // max.NaN: the larger one, NaN if either is.
 FA3_DEVICE float max_or_nan(float a, float b) {
   float m;

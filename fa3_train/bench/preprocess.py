@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16")
     parser.add_argument("--interleaved", action="store_true", help="pairs (2i, 2i + 1)")
     parser.add_argument(
-        "--tensor-cores", action="store_true", help="the tensor-core kernel where it serves"
+        "--plain", action="store_true", help="FP32 kernels, where tensor cores would serve"
     )
     parser.add_argument("--peers", action="store_true", help="also torch.compile and matmul")
     parser.add_argument("--reps", type=int, default=20)
@@ -187,7 +187,7 @@ def measure(timer: Timer, name: str, args: argparse.Namespace) -> dict[str, Any]
     shape = SHAPES[name]
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float16
     copies = copy_calls(shape, dtype, timer.device)
-    work = stage_calls(shape, dtype, args.interleaved, int(args.tensor_cores), timer.device)
+    work = stage_calls(shape, dtype, args.interleaved, int(args.plain), timer.device)
     if args.peers:
         work |= peer_calls(shape, dtype, args.interleaved, timer.device)
     times = timer.measure({**copies, **{n: call for n, (call, _) in work.items()}}, args.reps)
