@@ -12,7 +12,7 @@ gradients   dq, dk and dv, see bench/error_gradients.py
 
 On a Hopper GPU every FP8 row runs the kernel, so rounding, block order and accumulator are its
 own; elsewhere fa3_train.reference_fp8 emulates it (exact accumulation, so no single-level rows).
-The first two tables are means over several draws, with the lowest and the highest RMSE behind.
+The first table is the mean over several draws, with the lowest and the highest RMSE behind.
 Columns: RMSE against fp64 on the original inputs, the same relative to the RMS of the truth, the
 part of it that rounding the inputs costs, and what the attention adds (against fp64 on the
 quantized inputs).
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--long", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--draws", type=int, default=8, help="outliers and drift: draws with seeds from --seed on"
+        "--draws", type=int, default=8, help="of the outliers: with seeds from --seed on"
     )
     parser.add_argument("--out", help="write OUT.json")
 
@@ -224,12 +224,14 @@ def outlier_rows(
 def mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One variant over the draws: means, and the extremes and the standard error of the RMSE."""
     count = len(rows)
+    if count == 1:
+        return rows[0]
     row = {
         key: sum(r[key] for r in rows) / count if isinstance(value, float) else value
         for key, value in rows[0].items()
     }
     each = [r["rmse"] for r in rows]
-    variance = sum((e - row["rmse"]) ** 2 for e in each) / max(count - 1, 1)
+    variance = sum((e - row["rmse"]) ** 2 for e in each) / (count - 1)
     return {
         **row,
         "rmse_low": min(each),
@@ -240,13 +242,17 @@ def mean_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def outlier_table(args: argparse.Namespace, drift: bool, causal: bool) -> dict[str, Any]:
-    """Means over --draws draws: few outliers decide the error of one draw, which varies by 5 %."""
-    results = [outlier_rows(args, drift, causal, draw) for draw in range(args.draws)]
+    """Means over --draws draws: few outliers decide the error of one draw, which varies by 5 %.
+
+    With drift one draw: there it is factors that matter.
+    """
+    draws = 1 if drift else args.draws
+    results = [outlier_rows(args, drift, causal, draw) for draw in range(draws)]
     by_variant = zip(*(rows for rows, _ in results), strict=True)
     what = "drift" if drift else "outliers"
     title = f"{what}, {'causal' if causal else 'full'}, B1 H{args.heads} S{args.seqlen}"
     return {
-        "title": f"{title} D{args.head_dim}, {args.draws} draws",
+        "title": f"{title} D{args.head_dim}" + (f", {draws} draws" if draws > 1 else ""),
         "rms": sum(rms for _, rms in results) / len(results),
         "rows": [mean_row(list(rows)) for rows in by_variant],
     }
