@@ -37,8 +37,8 @@ struct Consumer {
   BlockRange blocks;
   float o[T::kColumnsV / 2], s[T::BLOCK_N / 2];
   uint32_t probs[T::BLOCK_N / 4];  // P, packed as the A operand of P V
-  float reference[2];  // what exponents are relative to, log2 units; -inf: no key so far
-  float alpha[2];      // rescale of O and of the sums after the last move of the reference
+  float maximum[2];  // of the scores so far, log2 units; -inf: no key so far
+  float alpha[2];    // 2^(maximum before this block - maximum now)
   RowSums<T::kRowSum> sums;
   Ring<T::kStages> k, v;
   Ring<1> q;
@@ -128,55 +128,68 @@ struct Consumer {
     }
     mask_scores<T::kMask == Mask::Window>(s, begin, end);
   }
-  // Reference from the true maxima of the raw scores, then scores -> exponents. kFirst: nothing was
-  // summed before. Returns whether O has to be rescaled by alpha.
-  template <bool kFirst, bool kMasked>
-  FA3_DEVICE bool follow_maximum(float (&offset)[2]) {
-    const float c = p.exponent_scale;
-    const float top[2] = {row_max<0>(s) * c, row_max<1>(s) * c};
-    bool move = true;
-    if constexpr (!kFirst && T::kSlack >= 0)
-      move = __any_sync(kFullWarp,
-                        top[0] > reference[0] + T::kSlack || top[1] > reference[1] + T::kSlack);
-    float relative[2];
-    if (move) {
+  // What exponents are relative to. A row without keys has exponents of -inf relative to anything
+  // but -inf.
+  FA3_DEVICE static float finite(float maximum) { return maximum == -INFINITY ? 0.f : maximum; }
+  FA3_DEVICE void raise_maximum(int i, float score) {
+    const float before = maximum[i];
+    maximum[i] = fmaxf(before, score * p.exponent_scale);
+    alpha[i] = exp2_approx(before - finite(maximum[i]));
+  }
+  // Scores of any block -> exponents.
+  FA3_DEVICE void exponents() {
+    raise_maximum(0, quad_max(row_max<0>(s)));
+    raise_maximum(1, quad_max(row_max<1>(s)));
+    row_exponents<0>(s, p.exponent_scale, finite(maximum[0]));
+    row_exponents<1>(s, p.exponent_scale, finite(maximum[1]));
+  }
+  // The same without a mask, where all rows have a finite maximum already: P of row 0, exponents of
+  // row 1. The exponential unit is what this takes longest from, so it starts at once: the first
+  // kHeadStart exponentials of row 0 are relative to the old maximum, and follow it afterwards; the
+  // new maxima are found meanwhile. (The largest P is 1 all the same, up to 2^-21: 1 in 16 bits.)
+  FA3_DEVICE void exponents_with_head_start() {
+    constexpr float kFar = 64.f;  // log2 of how much larger early exponentials may be
+    const float c = p.exponent_scale, before = maximum[0];
+    float early[T::kHeadStart];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float before = reference[i], now = quad_max(top[i]);
-        reference[i] = kFirst ? now : fmaxf(before, now);
-        // A row without keys so far: exponents are -inf whatever they are relative to, but -inf +
-        // inf is not.
-        relative[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
-        if constexpr (!kFirst) alpha[i] = exp2_approx(before - relative[i]);
-      }
-    } else {
+    for (int e = 0; e < T::kHeadStart; ++e)
+      early[e] = exp2_approx(fmaf(s[row_register<0>(e)], c, -before));
+    raise_maximum(0, quad_max(row_max<0>(s)));
+    row_exponents<0, T::kHeadStart>(s, c, maximum[0]);
+    row_exp2<0, T::kHeadStart>(s);
+    raise_maximum(1, quad_max(row_max<1>(s)));
+    row_exponents<1>(s, c, maximum[1]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        relative[i] = kMasked && reference[i] == -INFINITY ? 0.f : reference[i];
+    for (int e = 0; e < T::kHeadStart; ++e) early[e] *= alpha[0];
+    if (__any_sync(kFullWarp, maximum[0] - before > kFar)) {
+#pragma unroll
+      for (int e = 0; e < T::kHeadStart; ++e)
+        early[e] = exp2_approx(fmaf(s[row_register<0>(e)], c, -maximum[0]));
     }
-    offset[0] = relative[0];
-    offset[1] = relative[1];
-    return !kFirst && move;
+#pragma unroll
+    for (int e = 0; e < T::kHeadStart; ++e) s[row_register<0>(e)] = early[e];
   }
-  // Scores -> exponents of row I; moves the reference only where an exponent exceeds the slack.
-  // Every row of this warp has seen a key (see run_tile).
-  template <int I>
-  FA3_DEVICE bool trail_maximum() {
-    row_exponents<I>(s, p.exponent_scale, reference[I]);
-    const float top = row_max_if_positive<I>(s);
-    if (!__any_sync(kFullWarp, top > T::kSlack)) return false;
-    const float now = reference[I] + fmaxf(quad_max(top), 0.f);
-    const float shift = now - reference[I];
-    reference[I] = now;
-    alpha[I] = exp2_approx(-shift);
-    row_shift<I>(s, shift);
-    return true;
-  }
-
+  // Everything summed so far follows the maxima. With few columns of O the products cost nothing
+  // between the exponentials, and a branch would; with many it is the other way round.
   FA3_DEVICE void rescale() {
+    if (!T::kTile.always_rescale && !__any_sync(kFullWarp, alpha[0] != 1.f || alpha[1] != 1.f))
+      return;
     sums.scale(alpha);
 #pragma unroll
     for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] *= alpha[(i >> 1) & 1];
+  }
+  // Exponents of row 1 and P of row 0 -> P as the operand of P V.
+  FA3_DEVICE void finish_softmax() {
+    row_exp2<1>(s);
+    row_pack<Elem, 0>(s, probs);
+    row_pack<Elem, 1>(s, probs);
+    sums.add(s);
+  }
+  FA3_DEVICE void clear_sums() {
+    sums.clear();
+#pragma unroll
+    for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] = 0.f;
+    maximum[0] = maximum[1] = -INFINITY;
   }
 
   // ---- one key block ----
@@ -210,18 +223,10 @@ struct Consumer {
     if (last) release_q();
     cap_scores();
     if (masked) mask_block(n);
-    float offset[2];
-    follow_maximum<true, true>(offset);
-    row_exponents<0>(s, p.exponent_scale, offset[0]);
-    row_exponents<1>(s, p.exponent_scale, offset[1]);
+    clear_sums();
+    exponents();
     row_exp2<0>(s);
-    row_exp2<1>(s);
-    row_pack<Elem, 0>(s, probs);
-    row_pack<Elem, 1>(s, probs);
-    sums.clear();
-    sums.add(s);
-#pragma unroll
-    for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] = 0.f;
+    finish_softmax();
     clear_v_tail(n);
   }
   // S(n) with P V of the block before it queued behind. That product is over by the time the
@@ -244,34 +249,21 @@ struct Consumer {
     release_k();
     if (last) release_q();
     cap_scores();
-    constexpr bool kTrail = !kMasked && T::kSlack >= 0 && T::kTile.integer_maximum;
-    bool moved;
-    float offset[2];
-    alpha[0] = alpha[1] = 1.f;
-    if constexpr (kTrail) {
-      moved = trail_maximum<0>();
+    if constexpr (kMasked) {
+      mask_block(n);
+      exponents();
       row_exp2<0>(s);
-      moved |= trail_maximum<1>();
     } else {
-      if constexpr (kMasked) mask_block(n);
-      moved = follow_maximum<false, kMasked>(offset);
-      row_exponents<0>(s, p.exponent_scale, offset[0]);
-      row_exp2<0>(s);
-      pin(s);
-      wait_v();  // passes at once, but is a branch: ptxas would hoist the wgmma wait to the top of
-                 // the softmax
+      exponents_with_head_start();
     }
+    pin(s);
+    wait_v();  // passes at once, but is a branch: ptxas would hoist the wgmma wait to the top of
+               // the softmax
     wgmma_wait<0>();
     pin(o), pin(probs), pin(s);
     release_v();
-    if (moved) rescale();
-    if constexpr (!kTrail)
-      row_exponents<1>(s, p.exponent_scale,
-                       not_before_here(offset[1]));  // or ptxas does it before the wait
-    row_exp2<1>(s);
-    row_pack<Elem, 0>(s, probs);
-    row_pack<Elem, 1>(s, probs);
-    sums.add(s);
+    rescale();
+    finish_softmax();
   }
   FA3_DEVICE void last_product() {
     wait_v();
@@ -299,23 +291,14 @@ struct Consumer {
     if (last) release_q();
     cap_scores();
     if (masked) mask_block(n);
-    float offset[2];
-    const bool moved = follow_maximum<kFirst, true>(offset);
-    row_exponents<0>(s, p.exponent_scale, offset[0]);
-    row_exponents<1>(s, p.exponent_scale, offset[1]);
+    if constexpr (kFirst) clear_sums();
+    exponents();
     row_exp2<0>(s);
-    row_exp2<1>(s);
-    row_pack<Elem, 0>(s, probs);
-    row_pack<Elem, 1>(s, probs);
-    if constexpr (kFirst) {
-      sums.clear();
-#pragma unroll
-      for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] = 0.f;
+    if constexpr (kFirst)
       clear_v_tail(n);
-    } else if (moved) {
+    else
       rescale();
-    }
-    sums.add(s);
+    finish_softmax();
     wait_turn();
     last_product();
   }
@@ -358,7 +341,7 @@ struct Consumer {
     take(t);
     if (m < 0) return;
     if (blocks.empty())
-      no_keys();
+      clear_sums();
     else if constexpr (T::kOverlap)
       run_blocks();
     else
@@ -389,18 +372,18 @@ struct Consumer {
       wait_q();
       release_q();
       for (; n >= blocks.begin; --n) skip_block(n);
-      no_keys();
+      clear_sums();
       return;
     }
     for (; n >= mine.end; --n) skip_block(n);
     first_block(n, n >= unmasked.end || n < unmasked.begin, n == mine.begin, n != blocks.end - 1);
     --n;
     for (; n >= max(unmasked.end, mine.begin); --n) next_block<true>(n, n == mine.begin);
-    // trail_maximum needs a finite reference: a row that met its first key nowhere yet does so in
-    // the next block.
+    // The head start needs finite maxima: a row that met its first key nowhere yet does so in the
+    // next block.
     if constexpr (T::kMask != Mask::None) {
       if (n >= mine.begin &&
-          __any_sync(kFullWarp, reference[0] == -INFINITY || reference[1] == -INFINITY)) {
+          __any_sync(kFullWarp, maximum[0] == -INFINITY || maximum[1] == -INFINITY)) {
         next_block<true>(n, n == mine.begin);
         --n;
       }
@@ -414,12 +397,6 @@ struct Consumer {
   }
 
   // ---- epilogue ----
-  FA3_DEVICE void no_keys() {
-    sums.clear();
-#pragma unroll
-    for (int i = 0; i < T::kColumnsV / 2; ++i) o[i] = 0.f;
-    reference[0] = reference[1] = -INFINITY;
-  }
   FA3_DEVICE float row_total(int i) const {
     if constexpr (T::kOnes)
       return o[T::kDimV / 2 + 2 * i];
@@ -436,12 +413,12 @@ struct Consumer {
       const float sink = p.sink[t.head] * kLog2e;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float top = fmaxf(reference[i], sink);
+        const float top = fmaxf(maximum[i], sink);
         if (top == -INFINITY) continue;
-        const float factor = exp2_approx(reference[i] - top);
+        const float factor = exp2_approx(maximum[i] - top);
         sum[i] = sum[i] * factor + exp2_approx(sink - top);
         inverse[i] = factor * reciprocal(sum[i]);
-        reference[i] = top;
+        maximum[i] = top;
       }
     }
     if (first_row() >= seqlen_q) return;
@@ -454,7 +431,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
       if (lane % 4 == 0 && row(i) < seqlen_q)
-        lse[8 * i] = sum[i] == 0.f ? -INFINITY : fmaf(reference[i], kLn2, __logf(sum[i]));
+        lse[8 * i] = sum[i] == 0.f ? -INFINITY : fmaf(maximum[i], kLn2, __logf(sum[i]));
   }
   // Through this warpgroup's own buffer: no barrier with the others, and the next tile starts
   // meanwhile.

@@ -2,8 +2,6 @@
 #pragma once
 #include <cuda.h>
 
-#include <type_traits>
-
 #include "ptx/types.cuh"
 #include "ptx/warp.cuh"
 #include "tile/layout.cuh"
@@ -23,18 +21,17 @@ struct FwdTile {
   int block_n;        // keys per block
   bool stage_o;       // own shared-memory buffer for O: stored by TMA while the next tile runs
   bool ones;  // row sums by columns of ones beside V: eight more columns of O, one more slab of V
-  bool integer_maximum;  // bf16: row maxima by three-way integer maxima, row by row; else FP32,
-                         // both rows at once
+  int head_start;       // exponentials of a block that do not wait for its maxima
+  bool always_rescale;  // O follows the maxima in every block, or only where one of a warp grew
 };
 constexpr FwdTile kFwdTiles[] = {
-    // dims       wgs  keys  stage  ones   int       shared memory  live     what binds
-    {64, 64, 3, 128, true, true,
-     false},  //  144 KB  132/128  registers; three warpgroups hide the softmax
-    {96, 96, 2, 128, true, false, true},    //  192 KB  144/208  96 columns take two slabs of 64
-    {128, 128, 2, 128, true, true, true},   //  224 KB  164/208  shared memory
-    {192, 128, 2, 112, true, false, true},  //  220 KB  148/208  shared memory
-    {192, 192, 2, 96, false, false, true},  //  192 KB  168/208  shared memory
-    {256, 256, 2, 64, false, false, true},  //  192 KB  176/208  shared memory
+    // dims       wgs  keys  stage  ones   head  rescale   shared memory  live     what binds
+    {64, 64, 3, 128, true, true, 8, true},        //  144 KB  140/128  registers
+    {96, 96, 2, 128, true, false, 20, true},      //  192 KB  164/208  96 columns: two slabs of 64
+    {128, 128, 2, 128, true, true, 20, true},     //  224 KB  184/208  shared memory
+    {192, 128, 2, 112, true, false, 20, true},    //  220 KB  168/208  shared memory
+    {192, 192, 2, 96, false, false, 8, false},    //  192 KB  176/208  shared memory
+    {256, 256, 2, 64, false, false, 8, false},    //  192 KB  184/208  shared memory
 };
 constexpr int kFwdTileCount = sizeof(kFwdTiles) / sizeof(kFwdTiles[0]);
 
@@ -82,14 +79,12 @@ struct FwdTraits : Options {
   static constexpr Mask kMask = kMask_;
   static constexpr bool kSoftcap = kSoftcap_;
   static constexpr int kConsumers = kTile.consumers;
-  // log2 of how far the row reference may trail the maximum (tile/softmax.cuh); < 0: not at all. In
-  // fp16 the rounding of P is as fine as that of the result, and keeping the maximum exact is what
-  // makes it so.
-  static constexpr int kSlack = std::is_same_v<Elem_, bf16> ? 8 : -1;
   static constexpr RowSum kRowSum = kTile.ones ? RowSum::Ones : RowSum::Float;
   // Without setmaxnreg a thread has 168 registers (384 threads): a full block of S, P and O does
   // not fit.
   static constexpr int BLOCK_N = Options::kReallocate ? kTile.block_n : kTile.block_n / 2;
+  static constexpr int kHeadStart =  // at most the columns of a row in a thread
+      kTile.head_start < BLOCK_N / 4 ? kTile.head_start : BLOCK_N / 4;
   static constexpr int BLOCK_M = kConsumers * kWarpgroupRows;
   static constexpr bool kStageO = kTile.stage_o;
   static constexpr int kProducerWarpgroups = Options::kWarpSpecialized ? 1 : 0;

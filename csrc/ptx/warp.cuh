@@ -35,14 +35,6 @@ FA3_DEVICE void registers_claim() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// shfl.sync.bfly with distance 0: x itself. Unlike an empty asm statement, ptxas cannot look
-// through it, so that nothing that depends on the result is scheduled above this point.
-FA3_DEVICE float not_before_here(float x) {
-  float y;
-  asm volatile("shfl.sync.bfly.b32 %0, %1, 0, 0x1f, 0xffffffff;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // A value that all lanes hold, in a form the compiler knows to be warp-uniform.
 FA3_DEVICE int uniform(int x) {
   return __shfl_sync(0xffffffffu, x, 0);

@@ -4,10 +4,8 @@
 //
 // Scores turn into exponents of two: with c = scale * log2(e) and a reference r (log2 units), P =
 // 2^(S c - r). Any reference gives the same quotient O = sum(P V) / sum(P) as long as nothing
-// overflows. A reference that trails the true maximum by up to `slack` keeps P <= 2^slack, which
-// FP32 sums and 16-bit P hold easily (fp16: 2^15), and spares most blocks the rescaling of O. What
-// it costs is that the largest P is no longer exactly 1, so its rounding to 16 bits would enter O
-// but not the sum; hence the sums below that add P as rounded.
+// overflows. The row's maximum is the best one: it makes the largest P exactly 1, which 16 bits
+// hold without an error, and the largest weights decide the error of O.
 #pragma once
 #include "ptx/convert.cuh"
 #include "ptx/wgmma.cuh"
@@ -38,48 +36,23 @@ FA3_DEVICE float row_max(const float (&s)[N]) {
   return fmaxf(even, odd);
 }
 
-// The same where only a positive result matters: non-negative floats order like their bits,
-// negative ones have the sign bit and lose against any of them. One three-way integer maximum
-// (VIMNMX3) takes two values, half the instructions of row_max. All values negative: some negative
-// number. NaN: NaN with either sign or a number.
-template <int I, int N>
-FA3_DEVICE float row_max_if_positive(const float (&s)[N]) {
-  int even = __float_as_int(s[2 * I]), odd = __float_as_int(s[2 * I + 1]);
-#pragma unroll
-  for (int n = 1; n + 1 < N / 4; n += 2) {
-    even =
-        __vimax3_s32(even, __float_as_int(s[4 * n + 2 * I]), __float_as_int(s[4 * n + 4 + 2 * I]));
-    odd = __vimax3_s32(odd, __float_as_int(s[4 * n + 2 * I + 1]),
-                       __float_as_int(s[4 * n + 4 + 2 * I + 1]));
-  }
-  if (N / 4 % 2 == 0)
-    even =
-        __vimax3_s32(even, __float_as_int(s[N - 4 + 2 * I]), __float_as_int(s[N - 4 + 2 * I + 1]));
-  return __int_as_float(max(even, odd));
+// Register of column e (0 .. N / 2 - 1) of row I.
+template <int I>
+FA3_HD constexpr int row_register(int e) {
+  return 4 * (e / 2) + 2 * I + e % 2;
 }
-
-// S -> S c - r
-template <int I, int N>
-FA3_DEVICE void row_exponents(float (&s)[N], float c, float reference) {
+// S -> S c - r, from column kBegin on
+template <int I, int kBegin = 0, int N>
+FA3_DEVICE void row_exponents(float (&s)[N], float c, float r) {
 #pragma unroll
-  for (int n = 0; n < N / 4; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) s[4 * n + 2 * I + e] = fmaf(s[4 * n + 2 * I + e], c, -reference);
+  for (int e = kBegin; e < N / 2; ++e)
+    s[row_register<I>(e)] = fmaf(s[row_register<I>(e)], c, -r);
 }
-template <int I, int N>
-FA3_DEVICE void row_shift(float (&s)[N], float shift) {
-#pragma unroll
-  for (int n = 0; n < N / 4; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) s[4 * n + 2 * I + e] -= shift;
-}
-// x -> 2^x
-template <int I, int N>
+// x -> 2^x, from column kBegin on
+template <int I, int kBegin = 0, int N>
 FA3_DEVICE void row_exp2(float (&s)[N]) {
 #pragma unroll
-  for (int n = 0; n < N / 4; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) s[4 * n + 2 * I + e] = exp2_approx(s[4 * n + 2 * I + e]);
+  for (int e = kBegin; e < N / 2; ++e) s[row_register<I>(e)] = exp2_approx(s[row_register<I>(e)]);
 }
 template <int I, int N>
 FA3_DEVICE float row_sum(const float (&s)[N]) {
