@@ -24,7 +24,7 @@ STAGES = [
     for inverse in (False, True)
     if not (inverse and mask & QUANTIZE)
 ]
-# FP32 against fp64, in units of the largest code: what may move a code to a neighbour that is as near.
+# FP32 against fp64, in units of the largest code: what may move a code to a neighbour as near.
 ROUNDING = 448 * 8e-6
 
 
