@@ -30,6 +30,7 @@ struct BwdAroundParams {
   int64_t total_q, total_k;  // rows of q and of k: packed totals, dense batch * seqlen
   float lse_factor;  // neg_lse = -lse * lse_factor: 1 / softmax_scale, or log2 e with softcap
   int dq_fp32, dkv_fp32;
+  int finish_inside;
 };
 
 // Rows of a query row block: sequence b, block m of it. False: a spare number.
@@ -37,6 +38,7 @@ struct RowBlock {
   int first_row;    // token of the tensor's token dimension
   int batch;        // for batch strides; 0 when packed
   int seqlen, row;  // row: first query of the block within its sequence
+  int seqlen_k;
   int64_t lse_row;  // index of (head 0, first row) in lse
   int64_t lse_head_stride;
   int index;  // of statistics, without the head
@@ -47,14 +49,16 @@ FA3_DEVICE bool find_row_block(const BwdShape& s, int64_t total_q, int m, int b,
   if (s.cu_seqlens_q == nullptr) {
     r->batch = b;
     r->seqlen = s.seqlen_q;
+    r->seqlen_k = s.seqlen_k;
     r->first_row = r->row;
     r->lse_row = int64_t(b) * s.heads_q * s.seqlen_q + r->row;
     r->lse_head_stride = s.seqlen_q;
-    r->index = b * ceil_div(s.seqlen_q, BLOCK_M) + m;
+    r->index = b * s.heads_q * s.row_blocks + m;
   } else {
     const int start = __ldg(s.cu_seqlens_q + b);
     r->batch = 0;
     r->seqlen = __ldg(s.cu_seqlens_q + b + 1) - start;
+    r->seqlen_k = __ldg(s.cu_seqlens_k + b + 1) - __ldg(s.cu_seqlens_k + b);
     r->first_row = start + r->row;
     r->lse_row = r->first_row;
     r->lse_head_stride = total_q;
@@ -96,8 +100,17 @@ __global__ void __launch_bounds__(kAroundThreads)
     p.zero[i] = make_float4(0.f, 0.f, 0.f, 0.f);
 
   RowBlock r;
-  if (!find_row_block<BLOCK_M>(p.shape, p.total_q, blockIdx.x, b, &r)) return;
+  const bool exists = find_row_block<BLOCK_M>(p.shape, p.total_q, blockIdx.x, b, &r);
   const int64_t row_block = int64_t(head) * p.shape.row_blocks + r.index;
+  if (kDqFloats > 0 && p.shape.cu_seqlens_q != nullptr && blockIdx.x == 0 && thread == 0) {
+    // Row blocks that no sequence has: spare numbers, and rows behind the last sequence.
+    const int end = b + 1 < p.shape.batch
+                        ? first_block(__ldg(p.shape.cu_seqlens_q + b + 1), b + 1, BLOCK_M)
+                        : p.shape.row_blocks;
+    for (int i = r.index + ceil_div(r.seqlen, BLOCK_M); i < end; ++i)
+      p.work.dq_state[row_block - r.index + i] = 0;
+  }
+  if (!exists) return;
   const int lane = thread % kLanes, row0 = thread / kLanes, col = 8 * lane;
   const bool has_col = col < p.shape.head_dim_v;
   const auto address = [&](const GradTensor& t, int row) {
@@ -106,10 +119,23 @@ __global__ void __launch_bounds__(kAroundThreads)
         int64_t(r.first_row + row) * t.stride_token + head * t.stride_head + col);
   };
   if constexpr (kDqFloats > 0) {
-    float4* const dq = reinterpret_cast<float4*>(p.work.dq) + row_block * (kDqFloats / 4);
+    const Mask mask{r.seqlen_k - r.seqlen, p.shape.window_left, p.shape.window_right};
+    const int key_tiles = key_blocks({BLOCK_M, kBwdKeyTile}, mask, r.row / BLOCK_M,
+                                     ceil_div(r.seqlen_k, kBwdKeyTile))
+                              .size();
+    if (thread == 0) p.work.dq_state[row_block] = key_tiles;
+    if (!p.finish_inside) {
+      float4* const dq = reinterpret_cast<float4*>(p.work.dq) + row_block * (kDqFloats / 4);
 #pragma unroll
-    for (int i = 0; i < kDqFloats / 4 / kAroundThreads; ++i)
-      dq[i * kAroundThreads + thread] = make_float4(0.f, 0.f, 0.f, 0.f);
+      for (int i = 0; i < kDqFloats / 4 / kAroundThreads; ++i)
+        dq[i * kAroundThreads + thread] = make_float4(0.f, 0.f, 0.f, 0.f);
+    } else if (!p.dq_fp32 && key_tiles == 0) {  // no key tile, nobody to finish it
+      for (int row = row0; row < BLOCK_M && r.row + row < r.seqlen; row += kRowsAtOnce)
+        for (int c = col; c < p.shape.head_dim_qk; c += 8 * kLanes)
+          *reinterpret_cast<uint4*>(static_cast<Elem*>(p.dq.ptr) + r.batch * p.dq.stride_batch +
+                                    int64_t(r.first_row + row) * p.dq.stride_token +
+                                    head * p.dq.stride_head + c) = make_uint4(0, 0, 0, 0);
+    }
   }
   const float* const lse = p.lse + r.lse_row + head * r.lse_head_stride;
   const float* const dlse =
@@ -139,8 +165,7 @@ __global__ void __launch_bounds__(kAroundThreads)
       if (lane != 0) continue;
       // A row without keys has LSE = -inf, P = 0 and no gradient; rows past the end are made to
       // look like one.
-      const bool exists = r.row + row < r.seqlen;
-      const float l = exists ? lse[row] : -INFINITY;
+      const float l = r.row + row < r.seqlen ? lse[row] : -INFINITY;
       const bool live = l != -INFINITY;
       if (live && dlse != nullptr) delta -= dlse[row];
       const int64_t at = row_block * BLOCK_M + statistics_slot(row);

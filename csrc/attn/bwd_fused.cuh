@@ -10,14 +10,15 @@
 // transposed (64 keys of one warpgroup x block of queries), because their accumulators then already
 // are the A operands of dV += P^T dO and dK += dS^T Q; only dS goes through shared memory, for dQ.
 // dQ is summed over key tiles in global FP32 memory in fragment order, by bulk reductions from
-// shared memory; bwd_finish_dq sorts and rounds it.
+// shared memory. Rounded it is here, row block by row block (bwd_dq.cuh), where tiles are short; a
+// kernel of its own, bwd_finish_dq, does it where they are long (finish_inside, bwd_plan.cu).
 //
-// Warpgroup 0: warp 0 draws tiles, loads K, Q, LSE; warp 1 sends dQ; warp 2 loads V, dO, delta;
-// warp 3 idles. Warpgroups 1 and 2: math, 64 keys each. All rings run on from tile to tile, so that
-// the next tile's loads are under way during the last steps and the epilogue of this one.
+// Warpgroup 0, finishing inside: warp 0 draws tiles and loads, warp 1 sends dQ, warp 2 keeps turns,
+// warp 3 finishes. Else: warp 0 draws tiles, loads K, Q, LSE; warp 1 sends dQ; warp 2 loads V, dO,
+// delta. Warpgroups 1 and 2: math, 64 keys each. All rings run on from tile to tile, so that the
+// next tile's loads are under way during the last steps and the epilogue of this one.
 #pragma once
-#include "attn/bwd_tile.cuh"
-#include "tile/pipeline.cuh"
+#include "attn/bwd_roles.cuh"
 
 namespace fa3 {
 
@@ -31,7 +32,7 @@ struct BwdFusedTraits {
   // dK and dV. At head dim 64 a step takes two such halves, so that dQ has 64 rows for each
   // warpgroup.
   static constexpr int kHalves = kHeadDim == 64 ? 2 : 1;
-  static constexpr int BLOCK_M = 64 * kHalves, BLOCK_N = 128;
+  static constexpr int BLOCK_M = 64 * kHalves, BLOCK_N = kBwdKeyTile;
   static constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);
   static constexpr int kRegsProducer = 24, kRegsConsumer = 240;
   // Q has a third stage: dK of one step runs on into the next, and holds its Q until then.
@@ -59,6 +60,7 @@ struct BwdFusedTraits {
     uint8_t dout[kStagesDO][kQueryTileBytes];
     uint8_t ds[kStagesDS][kDsBytes];  // [BLOCK_N / 64 slabs][BLOCK_M queries][64 keys]
     uint8_t dq[kConsumers][kDqBytes];
+    uint8_t finish[2][kFinishChunkBytes];
     float neg_lse[kStagesQ][BLOCK_M];
     float neg_delta[kStagesDO][BLOCK_M];
     KeyTile tile[2];
@@ -67,6 +69,10 @@ struct BwdFusedTraits {
     uint64_t do_full[kStagesDO], do_empty[kStagesDO];
     uint64_t dq_full[kConsumers], dq_empty[kConsumers];
     uint64_t tile_full[2], tile_empty[2];
+    uint64_t finish_full[2];
+    uint64_t turn_full[2], dq_landed[2];
+    int turn_stores[2];
+    FinishQueue finish_queue;
   };
   static constexpr int kSharedBytes = sizeof(SharedPlan);
   static_assert(kSharedBytes <= kSharedBytesPerBlock, "shared memory of one block");
@@ -88,8 +94,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   constexpr int BLOCK_M = T::BLOCK_M, BLOCK_N = T::BLOCK_N;
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   Plan& plan = *reinterpret_cast<Plan*>(shared_bytes);
-  const auto bar = [](const uint64_t& b) { return smem_addr(&b); };
-  const int warp = uniform(threadIdx.x / 32), warpgroup = warp / 4;
   constexpr int kMathWarps = 4 * T::kConsumers;
 
   if (threadIdx.x == 0) {
@@ -101,173 +105,48 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       mbar_init(bar(plan.do_full[i]), 1), mbar_init(bar(plan.do_empty[i]), kMathWarps);
     for (int i = 0; i < T::kConsumers; ++i)
       mbar_init(bar(plan.dq_full[i]), 4), mbar_init(bar(plan.dq_empty[i]), 1);
-    for (int i = 0; i < 2; ++i)  // readers: the math warps, the dQ sender, the V and dO loader
+    for (int i = 0; i < 2; ++i)  // readers: the math warps and warps 1 and 2
       mbar_init(bar(plan.tile_full[i]), 1), mbar_init(bar(plan.tile_empty[i]), kMathWarps + 2);
+    mbar_init(bar(plan.finish_full[0]), 1), mbar_init(bar(plan.finish_full[1]), 1);
+    for (int i = 0; i < 2; ++i)
+      mbar_init(bar(plan.turn_full[i]), 1), mbar_init(bar(plan.dq_landed[i]), 1);
+    plan.finish_queue.clear();
     mbar_init_fence();
   }
   __syncthreads();
   if (threadIdx.x == 0) grid_launch_dependents();
 
   // ---------------------------------------------------------------------------------- loads, sends
-  if (warpgroup == 0) {
+  if (uniform(threadIdx.x / kWarpgroupThreads) == 0) {
     registers_release<T::kRegsProducer>();
-    const auto load_tile = [&](uint8_t* dst, const CUtensorMap& map, uint64_t& full, int rows,
-                               int row, int head, int batch, uint64_t policy) {
-#pragma unroll
-      for (int c = 0; c < T::kSlabs; ++c)
-        tma_load_4d(smem_addr(dst) + c * rows * kSlabBytes, &map, bar(full), policy, c * kSlabCols,
-                    row, head, batch);
-    };
-    if (warp == 0 && elect_one()) {
-      Ring<T::kStagesQ> q_ring;
-      Ring<2> tiles;
-      uint32_t key_phase = 0;
-      bool prepared =
-          false;  // bwd_prepare has ended: its outputs, and the tile counter, may be read
-      const auto await_prepare = [&] {
-        if (!prepared) grid_dependency_wait(), prepared = true;
-      };
-      // The first tile needs no draw; when tiles wait for one another it must not be taken before
-      // it can run.
-      int next = blockIdx.x, drawn_from = gridDim.x;
-      if (p.deterministic) {
-        await_prepare();
-        drawn_from = 0;
-        next = atomicAdd(p.work.tile_counter, 1);
+    const int warp = uniform(current_thread_index() / 32);
+    if (p.finish_inside) {
+      if (warp == 0) {
+        if (elect_one()) load_inputs<T, true, true>(p, plan);
+      } else if (warp == 1) {
+        if (elect_one()) send_gradients<T, true>(p, plan);
+      } else if (warp == 2) {
+        if (elect_one()) keep_turns<T>(p, plan);
+      } else {
+        grid_dependency_wait();
+        finish_row_blocks<T>(p, smem_addr(plan.finish), bar(plan.finish_full[0]),
+                             plan.finish_queue);
       }
-      for (;;) {
-        KeyTile& t = plan.tile[tiles.stage];
-        mbar_wait(bar(plan.tile_empty[tiles.stage]), tiles.phase ^ 1);
-        find_key_tile<BLOCK_M, BLOCK_N, T::kPacked>(p, next, t);
-        mbar_arrive(bar(plan.tile_full[tiles.stage]));
-        tiles.advance();
-        if (t.key_block < 0) break;
-        QueryWalk walk(p.shape, t);
-        const int query_row = T::kPacked ? t.query_row : 0, batch = t.batch;
-        bool first = true;
-        for (; walk.left > 0; q_ring.advance(), walk.advance()) {
-          const int i = q_ring.stage;
-          mbar_wait(bar(plan.q_empty[i]), q_ring.phase ^ 1);
-          mbar_arrive_expect_tx(bar(plan.q_full[i]), T::kQueryTileBytes + BLOCK_M * 4);
-          load_tile(plan.q[i], p.q, plan.q_full[i], BLOCK_M, query_row + walk.m * BLOCK_M,
-                    walk.head, batch, kL2EvictLast);
-          await_prepare();
-          bulk_load(smem_addr(plan.neg_lse[i]), p.work.neg_lse + int64_t(walk.row_block) * BLOCK_M,
-                    BLOCK_M * 4, bar(plan.q_full[i]));
-          if (first) {
-            first = false;
-            mbar_wait(bar(plan.k_empty), key_phase ^ 1);
-            key_phase ^= 1;
-            mbar_arrive_expect_tx(bar(plan.k_full), T::kKeyTileBytes);
-            load_tile(plan.k, p.k, plan.k_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N,
-                      t.head_k, t.batch, kL2EvictNormal);
-          }
-        }
-        await_prepare();
-        next = drawn_from + atomicAdd(p.work.tile_counter, 1);
-      }
-    } else if (warp == 2 && elect_one()) {
-      Ring<T::kStagesDO> do_ring;
-      Ring<2> tiles;
-      uint32_t key_phase = 0;
-      bool prepared = false;
-      for (;;) {
-        const KeyTile& t = plan.tile[tiles.stage];
-        mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
-        if (t.key_block < 0) break;
-        QueryWalk walk(p.shape, t);
-        const int query_row = T::kPacked ? t.query_row : 0, batch = t.batch;
-        bool first = true;
-        for (; walk.left > 0; do_ring.advance(), walk.advance()) {
-          const int i = do_ring.stage;
-          mbar_wait(bar(plan.do_empty[i]), do_ring.phase ^ 1);
-          mbar_arrive_expect_tx(bar(plan.do_full[i]), T::kQueryTileBytes + BLOCK_M * 4);
-          load_tile(plan.dout[i], p.dout, plan.do_full[i], BLOCK_M, query_row + walk.m * BLOCK_M,
-                    walk.head, batch, kL2EvictLast);
-          if (!prepared) grid_dependency_wait(), prepared = true;
-          bulk_load(smem_addr(plan.neg_delta[i]),
-                    p.work.neg_delta + int64_t(walk.row_block) * BLOCK_M, BLOCK_M * 4,
-                    bar(plan.do_full[i]));
-          if (first) {
-            first = false;
-            mbar_wait(bar(plan.v_empty), key_phase ^ 1);
-            key_phase ^= 1;
-            mbar_arrive_expect_tx(bar(plan.v_full), T::kKeyTileBytes);
-            load_tile(plan.v, p.v, plan.v_full, BLOCK_N, t.key_row + t.key_block * BLOCK_N,
-                      t.head_k, t.batch, kL2EvictNormal);
-          }
-        }
-        mbar_arrive(bar(plan.tile_empty[tiles.stage]));
-        tiles.advance();
-      }
-    } else if (warp == 1 && elect_one()) {
-      Ring<2> tiles;
-      uint32_t dq_phase = 0;
-      grid_dependency_wait();  // the accumulators are zero
-      for (;;) {
-        const KeyTile& t = plan.tile[tiles.stage];
-        mbar_wait(bar(plan.tile_full[tiles.stage]), tiles.phase);
-        if (t.key_block < 0) break;
-        QueryWalk walk(p.shape, t);
-        for (; walk.left > 0; walk.advance()) {
-          const int row_block = walk.row_block;
-          float* const dst = p.work.dq + int64_t(row_block) * T::kDqBlockFloats;
-#pragma unroll
-          for (int g = 0; g < T::kConsumers; ++g) {
-            mbar_wait(bar(plan.dq_full[g]), dq_phase);
-            if (g == 0 && p.deterministic) {
-              const Mask mask{t.seqlen_k - t.seqlen_q, p.shape.window_left, p.shape.window_right};
-              const BlockRange keys =
-                  key_blocks({BLOCK_M, BLOCK_N}, mask, walk.m, ceil_div(t.seqlen_k, BLOCK_N));
-              await_turn(p.work.dq_order + row_block, p.order.descending
-                                                          ? keys.end - 1 - t.key_block
-                                                          : t.key_block - keys.begin);
-              fence_proxy_async_global();  // the sums before us were made by their async proxy
-            }
-            bulk_reduce_add_f32(dst + g * (T::kDqBytes / 4), smem_addr(plan.dq[g]), T::dq_bytes(g),
-                                kL2EvictLast);
-            bulk_commit();
-          }
-          dq_phase ^= 1;
-          bulk_wait_read<1>();
-          mbar_arrive(bar(plan.dq_empty[0]));
-          bulk_wait_read<0>();
-          mbar_arrive(bar(plan.dq_empty[1]));
-          if (p.deterministic) {
-            bulk_wait<0>();  // added, not just read
-            fence_proxy_async_global();
-            increment_release(p.work.dq_order + row_block);
-          }
-        }
-        if (t.staged) {  // dV, then dK, through the same buffers
-#pragma unroll 1
-          for (int i = 0; i < 2; ++i) {
-            for (int g = 0; g < T::kConsumers; ++g) {
-              mbar_wait(bar(plan.dq_full[g]), dq_phase);
-              for (int c = 0; c < T::kSlabs; ++c)
-                tma_store_4d(i == 0 ? &p.dv_map : &p.dk_map,
-                             smem_addr(plan.dq[g]) + c * 64 * kSlabBytes, c * kSlabCols,
-                             t.key_row + t.key_block * BLOCK_N + g * 64, t.head_k, t.batch);
-              bulk_commit();
-            }
-            dq_phase ^= 1;
-            bulk_wait_read<1>();
-            mbar_arrive(bar(plan.dq_empty[0]));
-            bulk_wait_read<0>();
-            mbar_arrive(bar(plan.dq_empty[1]));
-          }
-        }
-        mbar_arrive(bar(plan.tile_empty[tiles.stage]));
-        tiles.advance();
-      }
-      bulk_wait<0>();
+    } else if (elect_one()) {
+      if (warp == 0)
+        load_inputs<T, true, false>(p, plan);
+      else if (warp == 1)
+        send_gradients<T, false>(p, plan);
+      else if (warp == 2)
+        load_inputs<T, false, true>(p, plan);
     }
     return;
   }
 
   // ---------------------------------------------------------------------------------------- math
   registers_claim<T::kRegsConsumer>();
-  const int g = warpgroup - 1;  // keys 64 g .. 64 g + 63 of the tile
+  // Keys 64 g .. 64 g + 63 of the tile.
+  const int g = uniform(current_thread_index() / kWarpgroupThreads) - 1;
   const int thread = threadIdx.x & 127, lane = threadIdx.x & 31;
   float dk[T::kGradRegs], dv[T::kGradRegs];
 
@@ -353,7 +232,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     if (lane == 0) mbar_arrive(bar(b));
   };
   const auto send_dq = [&] {
-    fence_proxy_async_shared();
     arrive(plan.dq_full[g]);
   };
 
@@ -458,7 +336,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
 
     if (steps > 0) {
       float s[T::kScoreRegs], dp[T::kScoreRegs];
-      int m = query_begin;
+      int m = uniform(t.query_start);
       mbar_wait(bar(plan.k_full), key_phase);
       mbar_wait(bar(plan.v_full), key_phase);
       key_phase ^= 1;
@@ -492,7 +370,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       };
       const auto next_block = [&] {
         q_ring.advance(), do_ring.advance();
-        if (++m == query_end) m = query_begin;
+        if (++m == query_end) m = T::kSoftcap ? uniform(t.query_begin) : query_begin;
       };
       const auto await_block = [&] {
         mbar_wait(bar(plan.q_full[q_ring.stage]), q_ring.phase);
@@ -621,6 +499,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         mma_grad(dk, ds16, q_half);
         if constexpr (!kLast) {
           issue_dp(0);
+        }
+        if constexpr (!kLast) {
           wgmma_wait<3>(), pin(s);
           to_probabilities(0);
           pin(s);
@@ -630,8 +510,10 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         mma_dq(dq, descriptor_step(ds_rows, ds_stage * T::kDsBytes));
         ds_stage ^= 1;
         wgmma_wait<1>(), pin(dp);  // all but dQ
+        {
         arrive(plan.q_empty[q_stage]);
         arrive(plan.do_empty[do_stage]);
+        }
         if constexpr (kLast) {
           wgmma_wait<0>(), pin(dq);
           arrive(plan.k_empty);

@@ -101,6 +101,7 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   s.window_left = plan.window_left;
   s.window_right = plan.window_right;
   s.row_blocks = plan.row_blocks;
+  s.all_row_blocks = plan.all_row_blocks;
   s.softmax_scale = a.softmax_scale;
   s.scale_log2 = (a.softcap > 0.f ? a.softcap : a.softmax_scale) * kLog2E;
   s.softcap_input = a.softcap > 0.f ? a.softmax_scale / a.softcap : 0.f;
@@ -109,11 +110,13 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   const auto floats = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
   const auto ints = [base](int64_t offset) { return reinterpret_cast<int*>(base + offset); };
   m.work = {floats(plan.neg_lse), floats(plan.neg_delta), plan.two_pass ? nullptr : floats(plan.dq),
-            ints(plan.tile_counter), ints(plan.dq_order)};
+            ints(plan.tile_counter), reinterpret_cast<uint64_t*>(base + plan.dq_state)};
   m.order = plan.order;
   m.query_order = plan.query_order;
   m.heads_per_tile = plan.heads_per_tile;
   m.deterministic = a.deterministic && !plan.two_pass;
+  m.finish_inside = plan.finish_inside;
+  m.rotate = plan.rotate;
   const bool add = a.dk_accum.ptr != nullptr;
   const GradTensor dk = grad_tensor(add ? a.dk_accum : a.dk),
                    dv = grad_tensor(add ? a.dv_accum : a.dv);
@@ -147,6 +150,7 @@ inline int prepare_launch(const BwdCall& call, BwdLaunch* launch) {
   r.dout = grad_tensor(a.dout);
   r.dq = m.dq;
   r.dq_fp32 = m.dq_fp32;
+  r.finish_inside = m.finish_inside;
   r.dk = dk;
   r.dv = dv;
   r.dkv_fp32 = add;
@@ -240,8 +244,10 @@ int launch_bwd_fused(const BwdCall& call) {
       FA3_TRY((launch_fused_kernel<kHeadDim, Elem, kBwdSoftcap>(call, launch)));
       break;
   }
-  FA3_TRY(launch_kernel(bwd_finish_dq<Elem, Any::BLOCK_M, kHeadDim>, launch.around, launch.row_grid,
-                        kAroundThreads, 0, launch.stream, true, "bwd_finish_dq"));
+  if (!call.plan.finish_inside)
+    FA3_TRY(launch_kernel(bwd_finish_dq<Elem, Any::BLOCK_M, kHeadDim>, launch.around,
+                          launch.row_grid, kAroundThreads, 0, launch.stream, true,
+                          "bwd_finish_dq"));
   return finish_launch<Elem, Any::BLOCK_M>(call, launch);
 }
 

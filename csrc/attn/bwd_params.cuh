@@ -38,7 +38,8 @@ struct BwdShape {
   int heads_q, heads_k;
   int head_dim_qk, head_dim_v;
   int window_left, window_right;  // kUnbounded: none
-  int row_blocks;                 // query row blocks of one head, over the whole batch
+  int row_blocks;                 // query row blocks of a head: dense of one sequence, else of all
+  int all_row_blocks;             // of all heads and sequences
   float softmax_scale;
   float
       // P = exp2(scale_log2 * (score + neg_lse)); softcap: of tanh, then neg_lse is in log2 units
@@ -46,18 +47,18 @@ struct BwdShape {
   float softcap_input;  // tanh(score * softcap_input), softmax_scale / softcap
 };
 
-// Statistics and accumulators in the workspace. Row block of (b, h, m): h * row_blocks + first
-// block of b + m.
+// Statistics and accumulators in the workspace. Row block of (b, h, m): dense
+// (b * heads_q + h) * row_blocks + m, packed h * row_blocks + first block of b + m.
 struct BwdWorkspace {
   float*
-      // [heads_q * row_blocks][block_m]: see bwd_prepare for units; -inf: the row has no P
+      // [all_row_blocks][block_m]: see bwd_prepare for units; -inf: the row has no P
       neg_lse;
   float* neg_delta;  // likewise; -(rowsum(dO * O) - dLSE)
   float*
-      // [heads_q * row_blocks][fragment order], zeroed by bwd_prepare; NULL in the two-pass kernels
+      // [all_row_blocks][fragment order]; NULL in the two-pass kernels
       dq;
-  int* tile_counter;  // [2]: key tiles, query tiles
-  int* dq_order;      // [heads_q * row_blocks]: key tiles added so far, deterministic only
+  int* tile_counter;   // [2]: key tiles, query tiles
+  uint64_t* dq_state;  // [all_row_blocks]: see bwd_dq.cuh
 };
 
 struct BwdKernelParams {
@@ -71,11 +72,13 @@ struct BwdKernelParams {
   // group.
   GradTensor dk, dv;
   int64_t dk_share, dv_share;  // floats from one share's partial sums to the next
-  GradTensor dq;               // two-pass kernels only: 16-bit, or FP32 to add to (dq_fp32)
+  GradTensor dq;               // 16-bit, or FP32 to add to (dq_fp32)
   int heads_per_tile;          // query heads one CTA loops over: the whole group, or a share of it
   BwdEmit emit_dkv;
   int dq_fp32;
   int deterministic;  // dQ is added in tile order
+  int finish_inside;  // bwd_fused rounds dQ itself
+  int rotate;         // key tiles of a head start at query blocks of their own
 };
 
 // One key tile of work, as the drawing thread hands it to the other roles through shared memory.
@@ -87,6 +90,7 @@ struct alignas(16) KeyTile {
   int head_q;     // first query head
   int head_k;
   int query_begin, query_end;  // query blocks
+  int query_start;             // the first one to be visited; after the last comes query_begin
   int query_row;               // first token of the sequence in q (packed), else 0
   int key_row;
   int row_block;  // first row block of the sequence

@@ -96,7 +96,8 @@ int plan_bwd(const char* f, const fa3_attn_bwd_params& a, int sm_count, BwdPlan*
 
   const int block_m = p.blocks.block_m, block_n = p.blocks.block_n;
   p.row_blocks =
-      packed ? packed_blocks(a.total_q, a.batch, block_m) : a.batch * ceil_div(a.seqlen_q, block_m);
+      packed ? packed_blocks(a.total_q, a.batch, block_m) : ceil_div(a.seqlen_q, block_m);
+  const int64_t rows = int64_t(a.heads_q) * p.row_blocks * (packed ? 1 : a.batch);
   const int key_blocks =
       packed ? packed_blocks(a.total_k, a.batch, block_n) : ceil_div(a.seqlen_k, block_n);
   const int batch_tiles = packed ? key_blocks : key_blocks * a.batch;
@@ -143,8 +144,22 @@ int plan_bwd(const char* f, const fa3_attn_bwd_params& a, int sm_count, BwdPlan*
   // In-order sums: with a right bound a tile meets its first query blocks long before the tiles of
   // lower keys do.
   p.order.descending = a.deterministic && !p.two_pass && p.window_right != kUnbounded;
+  // bwd_fused finishes dQ itself where that pays: the smaller the part of its own work, the more a
+  // kernel before it that clears the sums and one after it that rounds them weigh. Measured (H100,
+  // docs/backward.md), by the queries that a tile walks over, all its heads counted: up to 2,048
+  // gain 2 to 20 %, 4,096 is a draw, from 8,192 the account of arrivals costs 0 to 5 %.
+  constexpr int64_t kLongWalk = 4096;
+  int64_t walk = packed ? a.total_q / (a.batch > 0 ? a.batch : 1) : a.seqlen_q;
+  if (p.window_left != kUnbounded && p.window_right != kUnbounded) {
+    const int64_t seen = int64_t(p.window_left) + p.window_right + block_n;
+    walk = seen < walk ? seen : walk;
+  } else if (p.window) {
+    walk /= 2;
+  }
+  p.finish_inside = !p.two_pass && walk * p.heads_per_tile <= kLongWalk;
+  p.rotate = p.finish_inside && !a.deterministic && !p.window;
   if (int64_t(p.order.num_heads) * p.order.num_key_blocks > (int64_t(1) << 30) ||
-      int64_t(p.row_blocks) * a.heads_q > (int64_t(1) << 30))
+      rows > (int64_t(1) << 30))
     return fail(FA3_UNSUPPORTED,
                 "%s: more than 2^30 blocks (batch %d, heads_q %d, seqlen_q %d, seqlen_k %d)", f,
                 a.batch, a.heads_q, a.seqlen_q, a.seqlen_k);
@@ -155,7 +170,6 @@ int plan_bwd(const char* f, const fa3_attn_bwd_params& a, int sm_count, BwdPlan*
     at += aligned(bytes);
     return begin;
   };
-  const int64_t rows = int64_t(a.heads_q) * p.row_blocks;
   p.dq = take(p.two_pass ? 0 : rows * block_m * p.head_dim_qk * 4);
   p.neg_lse = take(rows * block_m * 4);
   p.neg_delta = take(rows * block_m * 4);
@@ -164,11 +178,12 @@ int plan_bwd(const char* f, const fa3_attn_bwd_params& a, int sm_count, BwdPlan*
       (packed ? int64_t(a.total_k) : int64_t(a.batch) * a.seqlen_k) * a.heads_k;
   p.dk_parts = take(p.shares > 1 ? p.shares * key_rows * a.head_dim_qk * 4 : 0);
   p.dv_parts = take(p.shares > 1 ? p.shares * key_rows * a.head_dim_v * 4 : 0);
+  p.dq_state = take(p.two_pass ? 0 : rows * 8);
   p.zero = at;
   p.tile_counter = take(2 * sizeof(int));
-  p.dq_order = take(a.deterministic && !p.two_pass ? rows * 4 : 0);
   p.zero_bytes = at - p.zero;
   p.bytes = at;
+  p.all_row_blocks = int(rows);
   *plan = p;
   return FA3_OK;
 }

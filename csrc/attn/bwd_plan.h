@@ -21,13 +21,14 @@ struct BwdPlan {
   // Query heads of a group that one thread block loops over, and how many such shares a group has.
   // More than one share: FP32 partial sums in the workspace, which bwd_sum_dkv adds up.
   int heads_per_tile, shares;
-  int row_blocks;
+  int row_blocks, all_row_blocks;  // as in BwdShape
   TileOrder order;        // key tiles
   TileOrder query_order;  // query tiles of the second pass
   // Workspace: byte offsets. [zero, zero + zero_bytes) must be zero when the main kernel starts.
   int64_t dq, neg_lse, neg_delta, sink_parts;
   int64_t dk_parts, dv_parts;
-  int64_t zero, tile_counter, dq_order;
+  int64_t zero, tile_counter, dq_state;
+  bool finish_inside, rotate;  // as in BwdKernelParams
   int64_t zero_bytes, bytes;
 };
 

@@ -12,7 +12,10 @@
 namespace fa3 {
 
 constexpr int kUnbounded = 1 << 29;
-constexpr int kMaxTokens = 1 << 28;  // of one sequence: |i + shift +- kUnbounded| stays below 2^31
+// Of one sequence: |i + shift +- kUnbounded| stays below 2^31, tiles of 128 keys below 2^21.
+constexpr int kMaxTokens = (1 << 28) - 128;
+
+constexpr int kBwdKeyTile = 128;  // keys of a tile of bwd_fused
 
 struct BlockShape {
   int block_m, block_n;
@@ -93,6 +96,23 @@ FA3_HD TileName tile_name(TileOrder o, int index) {
   const int width = left < o.section ? left : o.section;  // the last section may be narrower
   const int n = rest / width;
   return {o.descending ? o.num_key_blocks - 1 - n : n, s * o.section + rest - n * width};
+}
+
+// ---- dQ sums of a row block ---------------------------------------------------------------------
+// 64 bits, changed by additions alone: tickets drawn (21 bits), closed (1), arrivals (21), arrivals
+// expected (21).
+struct DqState {
+  static constexpr uint64_t kArrival = uint64_t(1) << 21, kClosed = uint64_t(1) << 42,
+                            kTicket = uint64_t(1) << 43;
+  static FA3_HD uint32_t expected(uint64_t s) { return uint32_t(s) & 0x1fffff; }
+  static FA3_HD uint32_t arrivals(uint64_t s) { return uint32_t(s >> 21) & 0x1fffff; }
+  static FA3_HD bool closed(uint64_t s) { return s & kClosed; }
+  static FA3_HD uint32_t tickets(uint64_t s) { return uint32_t(s >> 43); }
+};
+// Which thread block finishes a row block: groups of four, dealt out in turn. Number `i` of those
+// of thread block `owner` among `owners`.
+FA3_HD int owned_row_block(int i, int owner, int owners) {
+  return (i / 4 * owners + owner) * 4 + i % 4;
 }
 
 // ---- row statistics -----------------------------------------------------------------------------

@@ -62,7 +62,7 @@ FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
     t.query_row = t.key_row = 0;
     t.seqlen_q = s.seqlen_q;
     t.seqlen_k = s.seqlen_k;
-    t.row_block = b * ceil_div(s.seqlen_q, BLOCK_M);
+    t.row_block = b * s.heads_q * s.row_blocks;
   } else {
     int b = 0, above = s.batch;  // the last b with first_block(b) <= key_block
     while (above - b > 1) {
@@ -96,6 +96,10 @@ FA3_DEVICE void find_key_tile(const BwdKernelParams& p, int index, KeyTile& t) {
           : BlockRange{0, 0};  // a spare number of a packed sequence
   t.query_begin = range.begin;
   t.query_end = range.begin + range.size();
+  // Without bounds all tiles of a head would meet each query block at the same time.
+  t.query_start =
+      range.begin +
+      (p.rotate && range.size() > 0 ? key_block * ceil_div(BLOCK_N, BLOCK_M) % range.size() : 0);
   t.steps = range.size() * p.heads_per_tile;
 }
 
@@ -116,7 +120,7 @@ FA3_DEVICE void find_query_tile(const BwdKernelParams& p, int index, QueryTile& 
     t.query_row = t.key_row = 0;
     t.seqlen_q = s.seqlen_q;
     t.seqlen_k = s.seqlen_k;
-    t.row_block = b * ceil_div(s.seqlen_q, kStatRows);
+    t.row_block = b * s.heads_q * s.row_blocks;
   } else {
     int b = 0, above = s.batch;
     while (above - b > 1) {
@@ -153,20 +157,26 @@ FA3_DEVICE void find_query_tile(const BwdKernelParams& p, int index, QueryTile& 
 struct QueryWalk {
   const BwdShape& shape;
   const KeyTile& tile;
-  int m, head, row_block, end, left;
+  int m, head, row_block, stop, left;  // stop: the block where m or the head changes
   FA3_DEVICE QueryWalk(const BwdShape& s, const KeyTile& t) : shape(s), tile(t) {
     head = t.head_q;
-    end = t.query_end;
+    m = t.query_start;
+    stop = t.query_end;
     left = t.steps;
-    start_head();
-  }
-  FA3_DEVICE void start_head() {
-    m = tile.query_begin;
-    row_block = head * shape.row_blocks + tile.row_block + m;
+    row_block = head * s.row_blocks + t.row_block + m;
   }
   FA3_DEVICE void advance() {
     --left, ++m, ++row_block;
-    if (m == end) ++head, start_head();
+    if (m != stop) return;
+    if (m == tile.query_end) {
+      m = tile.query_begin;
+      row_block -= tile.query_end - m;
+      stop = tile.query_start;
+    }
+    if (m == stop) {
+      ++head, row_block += shape.row_blocks;
+      stop = tile.query_end;
+    }
   }
 };
 
@@ -271,8 +281,8 @@ FA3_DEVICE void quad_transpose(uint32_t (&v)[4], int q) {
 // overrun. `dst`: row 0 of the tile; rows and cols bound what exists.
 template <class Elem, int N>
 FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t stride, int rows,
-                           int cols) {
-  const int thread = current_thread_index() & 127, quad = thread & 3, row = acc_row(thread, 0);
+                           int cols, int thread = current_thread_index() & 127) {
+  const int quad = thread & 3, row = acc_row(thread, 0);
 #pragma unroll
   for (int u = 0; u < N / 32; ++u) {
     uint32_t lo[4], hi[4];
@@ -298,8 +308,8 @@ FA3_DEVICE void store_rows(const float* acc, float factor, Elem* dst, int64_t st
 // function.
 template <int N>
 FA3_DEVICE void add_rows(const float* acc, float factor, float* dst, int64_t stride, int rows,
-                         int cols) {
-  const int thread = current_thread_index() & 127, row = acc_row(thread, 0);
+                         int cols, int thread = current_thread_index() & 127) {
+  const int row = acc_row(thread, 0);
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {
     const int col = 8 * i + 2 * (thread & 3);
@@ -359,11 +369,6 @@ FA3_DEVICE void emit_gradient(const float* acc, float factor, const GradTensor& 
   else
     store_rows_fp32<N>(acc, factor, static_cast<float*>(g.ptr) + at + t.share * share_stride,
                        g.stride_token, rows, cols);
-}
-
-// In-order adding by several thread blocks: `turn` counts those that are done.
-FA3_DEVICE void await_turn(const int* turn, int mine) {
-  while (load_acquire(turn) != mine) __nanosleep(64);
 }
 
 }  // namespace fa3

@@ -23,9 +23,27 @@ FA3_DEVICE int load_acquire(const int* address) {
   return v;
 }
 
-// red.release: *address += 1, after everything this thread did or observed before.
-FA3_DEVICE void increment_release(int* address) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(address) : "memory");
+// atom.add, 64 bits: *address before the addition; acquire, or release.
+FA3_DEVICE uint64_t fetch_add_acquire(uint64_t* address, uint64_t x) {
+  uint64_t v;
+  asm volatile("atom.acquire.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(v)
+               : "l"(address), "l"(x)
+               : "memory");
+  return v;
+}
+FA3_DEVICE uint64_t fetch_add_release(uint64_t* address, uint64_t x) {
+  uint64_t v;
+  asm volatile("atom.release.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(v)
+               : "l"(address), "l"(x)
+               : "memory");
+  return v;
+}
+FA3_DEVICE uint64_t load_acquire(const uint64_t* address) {
+  uint64_t v;
+  asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(address) : "memory");
+  return v;
 }
 
 // red .v2.f32: address[0] += x, address[1] += y. 8-byte aligned; no order among threads.

@@ -83,6 +83,14 @@ FA3_DEVICE void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_
       : "memory");
 }
 
+// cp.async.bulk, shared -> global, with an L2 policy.
+FA3_DEVICE void bulk_store(void* dst, uint32_t src, uint32_t bytes, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(dst),
+      "r"(src), "r"(bytes), "l"(policy)
+      : "memory");
+}
+
 // cp.reduce.async.bulk, shared -> global: dst[i] += src[i] in FP32, in L2.
 FA3_DEVICE void bulk_reduce_add_f32(void* dst, uint32_t src, uint32_t bytes) {
   asm volatile(

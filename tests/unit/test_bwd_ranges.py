@@ -43,6 +43,15 @@ void name(int heads, int blocks, int section, int descending, int index, int* ou
   out[0] = t.key_block; out[1] = t.head;
 }
 int slot(int r) { return statistics_slot(r); }
+int owned(int i, int owner, int owners) { return owned_row_block(i, owner, owners); }
+void state(unsigned long long s, unsigned* out) {
+  out[0] = DqState::expected(s); out[1] = DqState::arrivals(s);
+  out[2] = DqState::closed(s); out[3] = DqState::tickets(s);
+}
+unsigned long long step_of(int i) {
+  return i == 0 ? DqState::kArrival : i == 1 ? DqState::kClosed : DqState::kTicket;
+}
+int max_tokens() { return kMaxTokens; }
 int row(int t, int r) { return acc_row(t, r); }
 int col(int t, int r) { return acc_col(t, r); }
 unsigned offset(int rows, int r, int c) { return tile_offset<128, 2>(rows, r, c); }
@@ -59,7 +68,10 @@ def lib(tmp_path_factory) -> ctypes.CDLL:
     source.write_text(SOURCE)
     command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
     subprocess.run([*command, str(source), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+    loaded = ctypes.CDLL(str(target))
+    loaded.step_of.restype = ctypes.c_uint64
+    loaded.state.argtypes = [ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint)]
+    return loaded
 
 
 def pair(function, *arguments: int) -> tuple[int, int]:
@@ -194,6 +206,112 @@ def test_ordered_sums_never_deadlock(lib, workers: int) -> None:
             assert order == (expected[::-1] if descending else expected)
 
 
+def dq_state(lib, state: int) -> tuple[int, ...]:
+    """(expected, arrivals, closed, tickets)"""
+    out = (ctypes.c_uint * 4)()
+    lib.state(state, out)
+    return tuple(out)
+
+
+def test_dq_state_counts_do_not_run_into_each_other(lib) -> None:
+    """Up to the most key tiles that a row block can meet, closed or not."""
+    arrival, closed, ticket = (lib.step_of(i) for i in range(3))
+    most = -(-lib.max_tokens() // 128)
+    for tiles, drawn, arrived, shut in [
+        (most, most, most, 1),
+        (most, 0, 0, 1),
+        (most, most, most - 1, 0),
+        (1, 1, 1, 0),
+        (0, 0, 0, 0),
+    ]:
+        state = tiles + drawn * ticket + arrived * arrival + shut * closed
+        assert state < 1 << 64
+        assert dq_state(lib, state) == (tiles, arrived, shut, drawn)
+
+
+@pytest.mark.parametrize("owners", [1, 3, 132])
+def test_row_blocks_have_one_owner_each(lib, owners: int) -> None:
+    for total in (1, 5, 31, 4096):
+        share = -(-total // (4 * owners)) * 4
+        seen = [lib.owned(i, o, owners) for o in range(owners) for i in range(share)]
+        assert sorted(r for r in seen if r < total) == list(range(total))
+        for o in range(owners):  # ascending: the first one past the end ends the share
+            mine = [lib.owned(i, o, owners) for i in range(share + 1)]
+            assert mine == sorted(mine) and mine[-1] >= total
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_row_block_is_finished_once(lib, workers: int, seed: int) -> None:
+    """The protocol of bwd_dq.cuh in any order of events: workers draw tickets, add in turn, count
+    arrivals; finishers look through their own share, and close it when their worker is done.
+
+    The first to arrive stores, all others add after it; nobody waits for a worker that has not
+    begun; a row block is finished when it is complete, by one finisher, and all are in the end.
+    """
+    rng = random.Random(seed)
+    arrival, closed, ticket = (lib.step_of(i) for i in range(3))
+    rows, tiles = 9, 12
+    visits = [rng.sample(range(rows), rng.randint(1, rows)) for _ in range(tiles)]
+    state = [sum(r in v for v in visits) for r in range(rows)]
+    stored, added, finished = [0] * rows, [0] * rows, [0] * rows
+    queue = list(range(tiles))
+
+    def worker(own: list[int]):
+        while queue:
+            for r in visits[queue.pop(0)]:
+                before, state[r] = state[r], state[r] + ticket
+                first = dq_state(lib, before)[3] == 0
+                yield True
+                while not first and dq_state(lib, state[r])[1] == 0:
+                    yield False
+                assert first == (stored[r] == 0)
+                stored[r] += first
+                added[r] += not first
+                yield True
+                expected, arrived, shut, _ = dq_state(lib, state[r])
+                state[r] += arrival
+                if shut and arrived + 1 == expected:
+                    own.append(r)
+                yield True
+
+    def finisher(me: int, own: list[int], done: list[bool]):
+        share = [lib.owned(i, me, workers) for i in range(4 * rows)]
+        share = [r for r in share if r < rows and state[r] > 0]
+        while True:
+            was_done = done[me]
+            found = [r for r in share if dq_state(lib, state[r])[0] == dq_state(lib, state[r])[1]]
+            if was_done:
+                for r in share:
+                    state[r] += closed
+                share = []
+            while own:
+                found.append(own.pop())
+            for r in found:
+                expected, arrived, *_ = dq_state(lib, state[r])
+                assert expected == arrived == stored[r] + added[r]
+                finished[r] += 1
+            share = [r for r in share if r not in found]
+            if was_done:
+                return
+            yield bool(found)
+
+    done = [False] * workers
+    owns: list[list[int]] = [[] for _ in range(workers)]
+    running = {("worker", w): worker(owns[w]) for w in range(workers)}
+    running |= {("finisher", w): finisher(w, owns[w], done) for w in range(workers)}
+    for _ in range(100_000):
+        if not running:
+            break
+        name = rng.choice(list(running))
+        if next(running[name], None) is None:
+            del running[name]
+            if name[0] == "worker":
+                done[name[1]] = True
+    assert not running, "somebody waits for ever"
+    assert finished == [int(any(r in v for v in visits)) for r in range(rows)]
+
+
 def test_packed_blocks_do_not_overlap(lib) -> None:
     rng = random.Random(3)
     for block in (64, 96, 128):
@@ -221,7 +339,7 @@ def test_statistics_slots_put_a_threads_columns_together(lib) -> None:
 
 @pytest.mark.parametrize("dim", [64, 96, 128])
 def test_fragment_order_of_dq_covers_the_block(lib, dim: int) -> None:
-    """bwd_finish_dq reads vector i of thread t of piece g: each element of the row block once."""
+    """Vector i of thread t of piece g: each element of the row block once."""
     block_m = 128 if dim == 64 else 64
     seen = set()
     for g in range(2):
