@@ -43,7 +43,7 @@ from fa3_train.train.signals import StopSignal
 COMPONENTS: tuple[tuple[str, str], ...] = (
     ("attention backward", r"bwd_(prepare|fused|keys|queries|finish|sum)|flash_bwd|bprop"),
     ("attention forward", r"attn_fwd_kernel|attn_varlen_order|fp8_(fwd|plan)_|flash_fwd|fprop"),
-    ("rope and quantize", r"rope_kernel|token_kernel|block_kernel|mma_kernel|dequantize_kernel"),
+    ("rope and quantize", r"rope_kernel|token_kernel|block_kernel|tile_kernel|dequantize_kernel"),
     ("cross-entropy", r"_row_kernel|softmax"),
     ("gradient sums", r"_scaled_sum|index_add|indexFunc|sum_and_scatter|compute_grad_weight"),
     ("swiglu", r"swiglu|dgated|gated_act|silu"),
