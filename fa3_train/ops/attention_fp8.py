@@ -169,17 +169,16 @@ def _values(codes, cu_q, cu_k, call: _Call, dtype: torch.dtype):
 
 class _AttentionFp8(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known: _Known):
+    def forward(ctx, q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call, eager):
         # None: the same as cu_q. torch.compile refuses one tensor as two arguments.
         cu_k = cu_q if cu_k is None else cu_k
-        call = known.call
         if call.gradient == "codes":
             codes = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
             out, lse = _attend(*codes, cu_q, cu_k, call, q.dtype)
             kept: tuple[Tensor, ...] = codes
         else:
             kept = (q, k, v)
-            out, lse = _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known)
+            out, lse = _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call, eager)
         ctx.save_for_backward(out, lse, cos, sin, signs, position_ids, cu_q, cu_k, *kept)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -210,7 +209,7 @@ class _AttentionFp8(torch.autograd.Function):
                 call.right == 0, call.left, call.right, 0.0, False,
             )  # fmt: skip
         dq, dk = _unrotate(dq, dk, cos, sin, signs, position_ids, cu_q, cu_k, call, dtype)
-        return (dq, dk, dv.to(dtype), *(None,) * 7)
+        return (dq, dk, dv.to(dtype), *(None,) * 8)
 
 
 def _choose(backend: str, q: Tensor, shape: AttentionShape, needs_grad: bool) -> str:
@@ -298,25 +297,23 @@ def _resolve(
     return shape, call
 
 
-class _Known:
+class _Known(NamedTuple):
     """What one key of the memory holds: sizes, choices, and the launches of an eager call."""
 
-    __slots__ = ("call", "eager", "shape")
-
-    def __init__(self, shape: AttentionShape, call: _Call) -> None:
-        self.shape, self.call = shape, call
-        self.eager: fp8_eager.EagerForward | None = None
+    shape: AttentionShape
+    call: _Call
+    eager: fp8_eager.EagerForward | None
 
 
 _resolved: dict[Key, _Known] = {}
 
 
-def _resolve_known(*request) -> _Known:
+def _resolve_known(*request) -> tuple[_Call, fp8_eager.EagerForward | None]:
     """:func:`_resolve`, remembered as in ops/attention.py: eager calls on plain tensors only."""
     tensors, others = request[:9], request[9:]
     q, k, v, cu_q, cu_k = tensors[:5]
     if torch.compiler.is_compiling() or type(q) not in _PLAIN:
-        return _Known(*_resolve(*request))
+        return _resolve(*request)[1], None
     try:
         # q and k packed alike is a rule about the very tensor, not about its sizes.
         same = cu_q is cu_k or (cu_k is not None and cu_q.data_ptr() == cu_k.data_ptr())
@@ -326,22 +323,24 @@ def _resolve_known(*request) -> _Known:
         )  # fmt: skip
         known = _resolved.get(key)
     except (TypeError, AttributeError):  # no tensor, a list: the rules will say
-        return _Known(*_resolve(*request))
+        return _resolve(*request)[1], None
     if known is None:
-        known = remember(_resolved, key, _Known(*_resolve(*request)))
-        if known.call.backend == "hopper":
-            known.eager = fp8_eager.eager_forward(tensors, known.shape, known.call)
-        return known
-    checks.recheck_cu_seqlens(cu_q, cu_k, known.shape)
-    return known
+        shape, call = _resolve(*request)
+        eager = None
+        if call.backend == "hopper":
+            eager = fp8_eager.eager_forward(tensors, shape, call)
+        known = remember(_resolved, key, _Known(shape, call, eager))
+    else:
+        checks.recheck_cu_seqlens(cu_q, cu_k, known.shape)
+    return known.call, known.eager
 
 
-def _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known: _Known):
+def _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call: _Call, eager):
     """out, lse."""
-    if known.eager is not None and fp8_eager.unwatched(q, k, v):
-        return known.eager.run(q, k, v, cos, sin, signs, position_ids, cu_q)
-    codes = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known.call)
-    return _attend(*codes, cu_q, cu_k, known.call, q.dtype)
+    if eager is not None and fp8_eager.unwatched(q, k, v):
+        return eager.run(q, k, v, cos, sin, signs, position_ids, cu_q)
+    codes = _quantize(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call)
+    return _attend(*codes, cu_q, cu_k, call, q.dtype)
 
 
 def _attention_fp8(
@@ -354,15 +353,17 @@ def _attention_fp8(
         needs_grad = torch.is_grad_enabled() and (
             q.requires_grad or k.requires_grad or v.requires_grad
         )
-    known = _resolve_known(
+    call, eager = _resolve_known(
         q, k, v, cu_q, cu_k, cos, sin, signs, position_ids, max_q, max_k, softmax_scale, causal,
         interleaved, window_size, two_level, gradient, backend, needs_grad,
     )  # fmt: skip
     if needs_grad:
         other = None if cu_k is cu_q else cu_k
-        out, lse = _AttentionFp8.apply(q, k, v, cos, sin, signs, position_ids, cu_q, other, known)
+        out, lse = _AttentionFp8.apply(
+            q, k, v, cos, sin, signs, position_ids, cu_q, other, call, eager
+        )
     else:
-        out, lse = _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, known)
+        out, lse = _forward(q, k, v, cos, sin, signs, position_ids, cu_q, cu_k, call, eager)
     return (out, lse) if return_lse else out
 
 

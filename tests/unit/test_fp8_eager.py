@@ -13,7 +13,11 @@ from fa3_train import _lib, reference_fp8
 from fa3_train.ops import attention_fp8, fp8, hopper, launch, prep
 from fa3_train.rotary import rope_tables
 
-KINDS = {"fa3_prep": _lib.PrepParams, "fa3_attn_fp8_fwd": _lib.AttnFp8FwdParams}
+KINDS = {
+    "fa3_prep": _lib.PrepParams,
+    "fa3_attn_fp8_fwd": _lib.AttnFp8FwdParams,
+    "fa3_attn_bwd": _lib.AttnBwdParams,
+}
 
 
 class StandIn:
@@ -54,12 +58,17 @@ def library(monkeypatch):
     monkeypatch.setattr(hopper, "device_problem", lambda index: None)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
     monkeypatch.setattr(attention_fp8, "_choose", lambda *request: "hopper")
-    memories = (prep._preps, fp8._forwards, attention_fp8._resolved)
+    memories = (
+        prep._preps, prep._dequantizations, fp8._forwards, hopper._backwards,
+        attention_fp8._resolved,
+    )  # fmt: skip
     for memory in memories:
         memory.clear()
     with torch.library._scoped_library("fa3_train", "IMPL") as implementations:
         implementations.impl("prep", prep._prep, "CPU")
         implementations.impl("attn_fp8_fwd", fp8._attn_fp8_fwd, "CPU")
+        implementations.impl("attn_bwd", hopper._attn_bwd, "CPU")
+        implementations.impl("dequantize", prep._dequantize, "CPU")
         yield stand_in
     for memory in memories:
         memory.clear()
@@ -167,3 +176,29 @@ def test_gradient_keeps_the_inputs_not_the_codes(library):
     assert all(t is None or t.dtype != torch.float8_e4m3fn for t in out.grad_fn.saved_tensors)
     out = fa3_train.flash_attn_fp8_func(q, k, v, gradient="codes")
     assert any(t is not None and t.dtype == torch.float8_e4m3fn for t in out.grad_fn.saved_tensors)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gradient", ["inputs", "codes"])
+def test_compiled_in_one_graph(library, monkeypatch, packed, gradient):
+    """Tracing sees the ops, forward and backward, and no memory of eager calls."""
+    monkeypatch.setattr(hopper, "_require_device", lambda q: None)
+    cos, sin = rope_tables(64, 300)
+    signs = reference_fp8.random_signs(64)
+    cu = torch.tensor([0, 150, 200], dtype=torch.int32)
+
+    def attend(q, k, v):
+        options = {"causal": True, "cos": cos, "sin": sin, "signs": signs, "gradient": gradient}
+        if packed:
+            return fa3_train.flash_attn_fp8_varlen_func(q, k, v, cu, cu, 150, 150, **options)
+        return fa3_train.flash_attn_fp8_func(q, k, v, **options)
+
+    lead = (200,) if packed else (2, 200)
+    q, k, v = (torch.randn(*lead, h, 64).bfloat16().requires_grad_() for h in (4, 2, 2))
+    torch._dynamo.reset()
+    out = torch.compile(attend, fullgraph=True, backend="aot_eager")(q, k, v)
+    torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    names = [name for name, _ in library.calls]
+    middle = ["fa3_prep"]  # the rotation again, or the values of the codes
+    assert names == ["fa3_prep", "fa3_attn_fp8_fwd", *middle, "fa3_attn_bwd", "fa3_prep"]
+    assert not attention_fp8._resolved
