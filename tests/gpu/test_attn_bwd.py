@@ -240,6 +240,21 @@ def cases() -> list[Case]:
                 base, deterministic=True, batch=1, heads=6, groups=3, seqlen_q=900, seqlen_k=900
             ),
         ]
+        # One block walks over 16 heads: long enough for dQ to be rounded by a kernel of its own.
+        long = replace(base, heads=32, seqlen_q=700, seqlen_k=900, options=WHOLE_GROUP)
+        long_packed = replace(long, lengths=((700, 900), (500, 300)), tail_rows=5)
+        if dims["dim"] <= 128:
+            found += [
+                long,
+                replace(long, deterministic=True),
+                replace(long, deterministic=True, causal=False),
+                replace(long, causal=False, window=(100, 40)),
+                replace(long, seqlen_q=900, seqlen_k=700, sink=True, dlse=True),
+                replace(long, softcap=15.0),
+                replace(long, dtype=torch.float16, causal=False),
+                long_packed,
+                replace(long_packed, deterministic=True),
+            ]
         packed = replace(base, lengths=PACKED, tail_rows=5)
         found += [
             packed,
@@ -273,11 +288,11 @@ def test_a_neighbours_nan_stays_there(dim: int) -> None:
         assert torch.equal(a[120:], b[120:])
 
 
-@pytest.mark.parametrize("options", [0, HEAD_BY_HEAD])
-@pytest.mark.parametrize("dim", [64, 128, 192, 256])
-def test_accumulate_adds_to_what_is_there(dim: int, options: int) -> None:
+@pytest.mark.parametrize("heads,options", [(4, 0), (4, HEAD_BY_HEAD), (64, WHOLE_GROUP)])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_accumulate_adds_to_what_is_there(dim: int, heads: int, options: int) -> None:
     """The fp32 form equals the start values plus the gradient, more exactly than 16 bits could."""
-    case = Case(heads=4, groups=2, seqlen_q=200, seqlen_k=300, dim=dim, causal=True)
+    case = Case(heads=heads, groups=2, seqlen_q=300, seqlen_k=400, dim=dim, causal=True)
     x = make_inputs(case)
     out, lse, truth, baseline = truth_and_baseline(case, x)
     saved = rounded_forward(case, x, out, lse)
@@ -353,11 +368,12 @@ def replace_inputs(x: Inputs, **changes) -> Inputs:
     return Inputs(**{**x.__dict__, **changes})
 
 
+@pytest.mark.parametrize("heads,options", [(4, HEAD_BY_HEAD), (32, WHOLE_GROUP)])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_thousand_repeats(dim: int) -> None:
+def test_thousand_repeats(dim: int, heads: int, options: int) -> None:
     """dK, dV, and dQ in deterministic mode: the same bits every time, under varied co-load."""
-    case = Case(batch=2, heads=4, groups=2, seqlen_q=500, seqlen_k=700, dim=dim, causal=True,
-                deterministic=True, options=HEAD_BY_HEAD)  # fmt: skip
+    case = Case(batch=2, heads=heads, groups=2, seqlen_q=540, seqlen_k=700, dim=dim, causal=True,
+                deterministic=True, options=options)  # fmt: skip
     x = make_inputs(case)
     out, lse, *_ = truth_and_baseline(case, x)
     saved = rounded_forward(case, x, out, lse)
