@@ -67,8 +67,8 @@ def expected(p: _lib.AttnBwdParams) -> int:
     total += padded(rows * 4) if p.sink else 0
     if shares > 1:
         total += padded(shares * key_rows * dims[0] * 4) + padded(shares * key_rows * dims[1] * 4)
+    total += padded(rows * 8) if one_pass else 0
     total += padded(8)
-    total += padded(rows * 4) if p.deterministic and one_pass else 0
     return total
 
 
