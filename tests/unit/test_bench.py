@@ -10,7 +10,7 @@ import torch
 
 from fa3_train import reference
 from fa3_train.bench import __main__ as cli
-from fa3_train.bench import attention, cells, peers, peers_fp8, plot, tables, timing
+from fa3_train.bench import attention, cells, error, peers, peers_fp8, plot, tables, timing
 from fa3_train.bench.cells import Cell
 
 
@@ -143,6 +143,19 @@ def test_peers_say_why_they_cannot():
         peers.make_peers(["fa5"])
     with pytest.raises(ValueError, match="--peers with --dtype fp8: must be from"):
         peers_fp8.make_peers_fp8(["fa2"])
+    cudnn = peers_fp8.make_peers_fp8(["cudnn"])[0]
+    assert cudnn.problem(packed, "fwd") == "no packed sequences here"
+    assert cudnn.missing() is None or "nvidia-cudnn-frontend" in cudnn.missing()
+
+
+def test_error_rows_over_draws():
+    """Means of every column, extremes and standard error of the RMSE; one draw stays as it is."""
+    rows = [{"name": "x", "rmse": r, "relative": 2 * r} for r in (1.0, 2.0, 6.0)]
+    row = error.mean_row(rows)
+    assert (row["name"], row["rmse"], row["relative"]) == ("x", 3.0, 6.0)
+    assert (row["rmse_low"], row["rmse_high"], row["rmse_draws"]) == (1.0, 6.0, [1.0, 2.0, 6.0])
+    assert row["rmse_standard_error"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
+    assert error.mean_row(rows[:1]) == rows[0]
 
 
 def result():
