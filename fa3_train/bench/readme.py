@@ -157,6 +157,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer_backends": _made_by(layer, "table", "layer_backends"),
     "end_to_end": _end_to_end,
     "e2e": _made_by(e2e, "text", "e2e"),
+    "e2e_recompute": _made_by(e2e, "text", "e2e_recompute"),
     "e2e_mfu": _made_by(e2e, "text", "e2e_mfu"),
     "head": _made_by(head, "text", "head"),
     "logging": _made_by(logging_cost, "text", "logging"),
