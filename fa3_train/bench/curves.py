@@ -37,12 +37,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fa3_train.bench.curves_report import Run, as_record, table, tail, write
+from fa3_train.bench.curves_report import Run, as_record, table, tail, write, write_json
 from fa3_train.bench.fp8_variants import VARIANTS
 from fa3_train.train.plots import read_metrics
 
@@ -353,30 +353,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", help="key=value, as on the command line of a run")
 
 
-def main(args: argparse.Namespace) -> int:
-    from fa3_train.bench.tables import machine
-
-    suite = SUITES[args.suite]
-    work = args.work or Path(tempfile.mkdtemp(prefix="curves-"))
-    try:
-        runs = plan(suite, args, work)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            runs = list(pool.map(execute, runs))
-    finally:
-        if args.work is None:
-            shutil.rmtree(work, ignore_errors=True)
+def summary(
+    suite: Suite, runs: list[Run], args: argparse.Namespace, facts: dict[str, str]
+) -> dict[str, Any]:
+    """The result file of these runs."""
     window = min(50, max(1, runs[0].steps // 5))
-    result = {
+    return {
         "what": "curves",
         "suite": args.suite,
         "title": suite.title,
         "command": args.command,
-        "machine": machine(),
+        "machine": facts,
         "window": window,
         "judgement": judge(runs, window),
         "seams": seams(runs),
         "runs": [as_record(run) for run in runs],
     }
+
+
+def main(args: argparse.Namespace) -> int:
+    from fa3_train.bench.tables import machine
+
+    suite = SUITES[args.suite]
+    work = args.work or Path(tempfile.mkdtemp(prefix="curves-"))
+    facts = machine()
+    try:
+        planned = plan(suite, args, work)
+        done: dict[int, Run] = {}
+        with ThreadPoolExecutor(args.jobs) as pool:
+            futures = {pool.submit(execute, run): at for at, run in enumerate(planned)}
+            for future in as_completed(futures):
+                done[futures[future]] = future.result()
+                runs = [done[at] for at in sorted(done)]
+                if args.out:  # now: what ends this process must not take these with it
+                    write_json(summary(suite, runs, args, facts), args.out)
+    finally:
+        if args.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    result = summary(suite, runs, args, facts)
     print(table(result))
     if args.out:
         for path in write(result, runs, args.out):

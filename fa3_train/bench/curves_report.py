@@ -157,12 +157,19 @@ def draw(title: str, runs: list[Run], window: int, path: Path) -> None:
     figure.savefig(path)
 
 
+def write_json(result: dict[str, Any], out: str) -> Path:
+    """OUT.json, whole or not at all."""
+    path = Path(out).with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(result, indent=1) + "\n")
+    return fresh.replace(path)
+
+
 def write(result: dict[str, Any], runs: list[Run], out: str) -> list[Path]:
     """OUT.json, OUT.md, OUT.png."""
     base = Path(out)
-    base.parent.mkdir(parents=True, exist_ok=True)
-    paths = [base.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
-    paths[0].write_text(json.dumps(result, indent=1) + "\n")
+    paths = [write_json(result, out), base.with_suffix(".md"), base.with_suffix(".png")]
     facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     paths[1].write_text(
         f"{result['title']}\n\n    {result['command']}\n\n{facts}\n\n{table(result)}\n"

@@ -153,6 +153,24 @@ def test_results_are_written(tmp_path, monkeypatch, capsys):
     assert len(result["runs"]) == 6 and len(result["runs"][0]["loss"]) == 20
 
 
+def test_what_has_ended_is_on_disk_while_others_run(tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    seen = []
+
+    def one_after_the_other(run):
+        seen.append(len(json.loads(out.read_text())["runs"]) if out.exists() else 0)
+        if run.seed == 3:
+            raise KeyboardInterrupt
+        return fake(tmp_path, run.series, run.seed, 0.0)
+
+    monkeypatch.setattr(curves, "execute", one_after_the_other)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["curves", "--suite", "backends", "--jobs", "1", "--out", str(out)])
+    assert max(seen) >= 1
+    kept = json.loads(out.read_text())["runs"]
+    assert 2 <= len(kept) <= 4 and all(len(run["loss"]) == 20 for run in kept)
+
+
 # ---- FP8 variants ----------------------------------------------------------------------------
 
 
