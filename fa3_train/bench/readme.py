@@ -119,7 +119,7 @@ def _end_to_end() -> str:
             f"{c['variants'][theirs]['fwdbwd']['ms'] / c['variants'][mine]['fwdbwd']['ms']:.2f} "
             f"({c['size']}, {c['seqlen'] // 1024}k)"
             for c in beside["cells"]
-            if "fwdbwd" in c["variants"][mine] and "fwdbwd" in c["variants"][theirs]
+            if all("fwdbwd" in c["variants"].get(name, {}) for name in (mine, theirs))
         ]
         precision = theirs.removeprefix("te ")
         lines.append(
