@@ -8,6 +8,7 @@
 backends   a tiny Llama, 300 steps: our kernels beside torch's attention, 3 seeds each
 fp8        100M parameters, 1,000 steps: BF16 beside FP8 attention, 3 seeds each
 ablation   the same for 300 steps without Hadamard, without block scales, without both
+emulated   4M parameters, 300 steps, on a CPU: BF16, FP8 and the variants of the ablation
 deepspeed  100M, 2,000 steps of ZeRO 1 with DeepSpeed's FusedAdam, BF16 and FP8; each run is killed
            with SIGKILL past its middle and resumed from its checkpoint
 
@@ -81,6 +82,7 @@ _SMALL_STEPS = (
     "run.eval_every=500",
 )
 _HOPPER = ("attention=hopper",)
+_EMULATED = ("attention=fp8", "attention.backend=reference")
 _FP8 = ("attention=fp8", "attention.backend=hopper")
 # Their gradient is taken at the codes; the product's at its 16-bit inputs.
 _ABLATED = ("block_hadamard", "block", "tensor_hadamard", "tensor")
@@ -126,6 +128,25 @@ SUITES = {
             *(Series(VARIANTS[v].name, _FP8, v) for v in _ABLATED),
         ),
         seeds=1,
+    ),
+    "emulated": Suite(
+        "tiny Llama on a CPU: FP8 attention by its exact emulation",
+        (
+            "recipe=quickstart",
+            "precision=bf16",
+            "run.device=cpu",
+            "run.threads=1",
+            "data.micro_batch=4",
+            "data.global_batch=4",
+            "run.steps=300",
+            "run.eval_every=100",
+            "run.eval_batches=16",
+        ),
+        (
+            Series("bf16", ("attention=sdpa",)),
+            Series("fp8, the product", _EMULATED),
+            *(Series(VARIANTS[v].name, _EMULATED, v) for v in _ABLATED),
+        ),
     ),
     "deepspeed": Suite(
         "100M Llama, DeepSpeed ZeRO 1 + FusedAdam: killed and resumed",

@@ -162,10 +162,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "head": _made_by(head, "text", "head"),
     "logging": _made_by(logging_cost, "text", "logging"),
     "curves_backends": _made_by(curves_report, "table", "curves_backends"),
-    "curves_fp8": _made_by(curves_report, "table", "curves_fp8"),
-    "curves_ablation": _made_by(curves_report, "table", "curves_ablation"),
-    "curves_deepspeed": _made_by(curves_report, "table", "curves_deepspeed"),
+    **{
+        name: _made_by(curves_report, "table", name)
+        for name in (
+            "curves_emulated",
+            "curves_emulated_ablation",
+            "curves_fp8",
+            "curves_ablation",
+            "curves_deepspeed",
+        )
+    },
     "perplexity": _made_by(fp8_variants, "text", "perplexity"),
+    "perplexity_emulated": _made_by(fp8_variants, "text", "perplexity_emulated"),
     "profile": _made_by(profile, "table", "profile"),
     "profile_fp8": _made_by(profile, "table", "profile_fp8"),
 }
