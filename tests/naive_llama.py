@@ -130,6 +130,4 @@ def loss(tokens, labels, lengths, w, config, mm=product):
 
 def leaves(module, dtype):
     """The module's parameters as fresh leaves of another dtype, by name."""
-    return {
-        n: p.detach().to(dtype).clone().requires_grad_() for n, p in module.named_parameters()
-    }
+    return {n: p.detach().to(dtype).clone().requires_grad_() for n, p in module.named_parameters()}

@@ -211,16 +211,15 @@ def judge(model, batch, logits, loss, grads, weights, mm=naive.product):
     def formula(dtype, mm):
         w = {n: t.detach().cpu().to(dtype).requires_grad_() for n, t in weights.items()}
         out = naive.logits(batch.tokens, lengths, w, model.config, mm)
-        value = torch.nn.functional.cross_entropy(out.float() if dtype == BF16 else out,
-                                                  batch.labels)
+        value = torch.nn.functional.cross_entropy(
+            out.float() if dtype == BF16 else out, batch.labels
+        )
         return [out, *torch.autograd.grad(value, list(w.values()))]
 
     own = torch.nn.functional.cross_entropy(logits.cpu().double(), batch.labels)
     assert_as_good(loss.cpu(), own, what="same", name="loss")
     truth, baseline = formula(torch.float64, naive.product), formula(BF16, mm)
-    for name, a, t, b in zip(
-        ["logits", *weights], [logits, *grads], truth, baseline, strict=True
-    ):
+    for name, a, t, b in zip(["logits", *weights], [logits, *grads], truth, baseline, strict=True):
         assert_as_good(a.cpu(), t, b, "accum", name)
 
 
@@ -232,9 +231,7 @@ def judge(model, batch, logits, loss, grads, weights, mm=naive.product):
 )
 @pytest.mark.parametrize("policy", ["none", "selective"])
 def test_bf16_loss_and_gradients(backend, change, policy):
-    config = CONFIG.replace(
-        **change, attention_backend=backend, activation_checkpointing=policy
-    )
+    config = CONFIG.replace(**change, attention_backend=backend, activation_checkpointing=policy)
     model = bf16_model(config).cuda()
     batch = batch_of(config)
     loss = run(model, batch)

@@ -174,9 +174,7 @@ def test_near_misses_put_the_same_leaf_first():
 
 
 def test_values_keep_their_types():
-    config = load(
-        ["data.path='a, b'", "data=text", "run.name=2024", "model.rope_scaling.factor=4"]
-    )
+    config = load(["data.path='a, b'", "data=text", "run.name=2024", "model.rope_scaling.factor=4"])
     assert config.data.path == "a, b"
     assert config.run.name == "2024"
     assert config.model.rope_scaling.factor == 4.0

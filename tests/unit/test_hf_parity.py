@@ -109,9 +109,7 @@ def test_their_own_loss_agrees(case):
 def test_round_trip_through_transformers(case, tmp_path, max_shard_bytes):
     model, folder = case
     mine = ours_from(folder)
-    weights.save_pretrained(
-        mine, tmp_path, dtype=torch.float32, max_shard_bytes=max_shard_bytes
-    )
+    weights.save_pretrained(mine, tmp_path, dtype=torch.float32, max_shard_bytes=max_shard_bytes)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert ("model.safetensors.index.json" in names) == (max_shard_bytes < 5 << 30)
     assert not [n for n in names if n.endswith(".part")]

@@ -148,7 +148,8 @@ def test_packed_loss_is_the_mean_over_documents():
     total = count = 0
     with torch.no_grad():
         for tokens, labels in zip(
-            batch.tokens.split(lengths_of(batch)), batch.labels.split(lengths_of(batch)),
+            batch.tokens.split(lengths_of(batch)),
+            batch.labels.split(lengths_of(batch)),
             strict=True,
         ):
             labelled = int((labels != -100).sum())
@@ -239,7 +240,8 @@ def test_too_long_sequences_and_incomplete_packing_are_refused():
         model(torch.zeros(8, dtype=torch.long), cu_seqlens=torch.tensor([0, 8]).int())
     with pytest.raises(ValueError, match=r"packed.*\(1, 8\)"):
         model(
-            torch.zeros(1, 8, dtype=torch.long), cu_seqlens=torch.tensor([0, 8]).int(),
+            torch.zeros(1, 8, dtype=torch.long),
+            cu_seqlens=torch.tensor([0, 8]).int(),
             max_seqlen=8,
         )
 

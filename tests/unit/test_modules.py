@@ -143,9 +143,7 @@ def test_layer_packed_matches_formula(change, backend):
     out = block(x, cu_seqlens=cu_of(LENGTHS), max_seqlen=max(LENGTHS))
     names = ["out", "x", *(n for n, _ in block.named_parameters())]
     results = [out, *gradients_of(out, up, [x, *block.parameters()])]
-    for name, a, t, b in zip(
-        names, results, run(torch.float64), run(torch.float32), strict=True
-    ):
+    for name, a, t, b in zip(names, results, run(torch.float64), run(torch.float32), strict=True):
         assert_as_good(a, t, b, "accum", name)
 
 
