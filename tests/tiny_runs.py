@@ -116,3 +116,14 @@ def environment() -> dict[str, str]:
 def torchrun(count: int, *arguments: str) -> list[str]:
     """A torchrun command line on a free port of its own."""
     return ["torchrun", "--standalone", f"--nproc-per-node={count}", *arguments]
+
+
+def spawn(command: list[str]) -> subprocess.Popen[str]:
+    """Leave a command of this environment running; its output in one pipe."""
+    return subprocess.Popen(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )

@@ -20,7 +20,6 @@ causal half, no recomputation, whatever precision a product ran in. mfu divides 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import statistics
@@ -32,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fa3_train.bench.tables import machine
+from fa3_train.bench.tables import machine, write_page
+from fa3_train.bench.timing import release_memory
 from fa3_train.bench.trainer import ENGINES, SIZES
 from fa3_train.modules import FlashAttention
 from fa3_train.ops.attention import flash_attn_func
@@ -204,12 +204,7 @@ def main(args: argparse.Namespace) -> int:
         print(text({"cells": cells[-1:]}), flush=True)
         result["cells"] = kept + cells
         if out:  # now: a cell that hangs must not take the others with it
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-            facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
-            out.with_suffix(".md").write_text(f"    {args.command}\n\n{facts}\n\n{text(result)}\n")
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+            write_page(result, out, text(result))
+        release_memory()
     stop_world()
     return int(any("error" in cell for cell in cells))

@@ -20,7 +20,6 @@ table as "fp8, fused".) On a GPU the FP8 kernel runs, elsewhere its emulation.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -323,18 +322,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     from fa3_train.bench.curves import hundred_million
-    from fa3_train.bench.tables import machine
+    from fa3_train.bench.tables import machine, write_page
 
     result = {"what": "perplexity", "command": args.command, "machine": machine()}
     result |= measure(args.weights, args.words or hundred_million(), args.batches)
     print(text(result))
     if args.out:
-        base = Path(args.out)
-        base.parent.mkdir(parents=True, exist_ok=True)
-        base.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        facts = ", ".join(f"{k} {v}" for k, v in machine().items())
-        head = f"Held-out perplexity, {result['labels']:,} labels\n\n    {args.command}\n\n{facts}"
-        base.with_suffix(".md").write_text(f"{head}\n\n{text(result)}\n")
+        title = f"Held-out perplexity, {result['labels']:,} labels"
+        write_page(result, args.out, text(result), title)
     return 0
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import re
 import shutil
@@ -177,7 +176,7 @@ def main(args: argparse.Namespace) -> int:
     if not Path(sanitizer).is_file():
         print(f"memcheck: compute-sanitizer is neither on PATH nor at {sanitizer}", file=sys.stderr)
         return 2
-    from fa3_train.bench.tables import machine
+    from fa3_train.bench.tables import machine, write_page
 
     canary, cases = (_watch(sanitizer, what, args.limit) for what in ("canary", "cases"))
     clean = cases["finished"] and cases["errors"] == 0 and cases["exit_code"] == 0
@@ -197,11 +196,5 @@ def main(args: argparse.Namespace) -> int:
     if not (clean and sees):
         print("\n".join([*canary["tail"], "---", *cases["report"], *cases["tail"]]))
     if args.out:
-        base = Path(args.out)
-        base.parent.mkdir(parents=True, exist_ok=True)
-        base.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
-        names = "\n".join(f"- {name}" for name in cases["cases"])
-        page = f"{text}\n\n    {args.command}\n\n{facts}\n\n{names}\n"
-        base.with_suffix(".md").write_text(page)
+        write_page(result, args.out, "\n".join(f"- {name}" for name in cases["cases"]), text)
     return 0 if clean and sees else 1

@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fa3_train.bench.tables import machine
+from fa3_train.bench.tables import machine, write_page
 from fa3_train.integrations import sdpa
 from fa3_train.numerics import compare
 
@@ -155,9 +153,5 @@ def main(args: argparse.Namespace) -> int:
     print(f"{result['what']}, torch {torch.__version__}, {args.device}, backend {backend}")
     print(table(result))
     if args.out:
-        base = Path(args.out)
-        base.parent.mkdir(parents=True, exist_ok=True)
-        base.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
-        base.with_suffix(".md").write_text(f"    {args.command}\n\n{facts}\n\n{table(result)}\n")
+        write_page(result, args.out, table(result))
     return 1 if any(r["failed"] for r in result["dtypes"].values()) else 0

@@ -25,7 +25,6 @@ the steps after the first `--skip`.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -39,7 +38,8 @@ from typing import Any
 
 import torch
 
-from fa3_train.bench.tables import machine
+from fa3_train.bench.tables import add_cells, machine
+from fa3_train.bench.timing import release_memory
 from fa3_train.train.compose import load
 from fa3_train.train.config_rules import check_combination
 from fa3_train.train.engines import World, leave, start_world, stop_world
@@ -162,10 +162,7 @@ def _worker(args: argparse.Namespace) -> int:
             print(_line(cells[-1]), flush=True)
             if args.out:  # now: a cell that hangs must not take the others with it
                 _write(args, cells)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        release_memory()
     stop_world()
     leave(int(any("error" in cell for cell in cells)))
 
@@ -342,11 +339,5 @@ def _percent(value: float | None) -> str:
 
 
 def _write(args: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
-    kept: list[dict[str, Any]] = []
-    if args.out.exists():
-        fresh = {(cell["cell"], cell["gpus"]) for cell in cells}
-        kept = json.loads(args.out.read_text())["cells"]
-        kept = [cell for cell in kept if (cell["cell"], cell["gpus"]) not in fresh]
     result = {"machine": machine(), "command": args.command, "skip": args.skip}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result | {"cells": kept + cells}, indent=1) + "\n")
+    add_cells(args.out, result, cells, lambda cell: (cell["cell"], cell["gpus"]))

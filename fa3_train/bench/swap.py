@@ -25,17 +25,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fa3_train.bench.tables import machine
+from fa3_train.bench.tables import machine, write_page
 
 LLAMA3_8B = {"hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 32768}
 LAYERS = 32
@@ -412,20 +410,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _write(result: dict[str, Any], out: str) -> None:
-    base = Path(out)
-    base.parent.mkdir(parents=True, exist_ok=True)
-    base.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
     names = [
         f"- {which}: " + "; ".join(
             f"`{key[:90]}` {ms:.2f} ms" for key, ms in p["attention_kernels_ms"].items()
         )
         for which, p in result["profile"].items()
     ]  # fmt: skip
-    base.with_suffix(".md").write_text(
-        f"    {result['command']}\n\n{facts}\n\n{table(result)}\n\n"
-        "Counted as attention:\n\n" + "\n".join(names) + "\n"
-    )
+    counted = "Counted as attention:\n\n" + "\n".join(names)
+    write_page(result, out, f"{table(result)}\n\n{counted}")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -109,20 +109,37 @@ def skipped(result: dict[str, Any]) -> str:
     return "\n".join(f"{p}: {n} cells skipped: {why}" for (p, why), n in reasons.items())
 
 
-def write(result: dict[str, Any], out: str) -> list[Path]:
-    """``out``.json, ``out``.md and, if matplotlib is there, ``out``.png."""
+def write_page(result: dict[str, Any], out: str | Path, body: str, title: str = "") -> list[Path]:
+    """``out``.json: ``result``. ``out``.md: ``title``, command, machine, ``body``."""
     base = Path(out)
     base.parent.mkdir(parents=True, exist_ok=True)
     json_path, text_path = base.with_suffix(".json"), base.with_suffix(".md")
     json_path.write_text(json.dumps(result, indent=1) + "\n")
     facts = ", ".join(f"{k} {v}" for k, v in result["machine"].items())
-    table, reasons = text_table(result), skipped(result)
-    text_path.write_text(
-        f"{result['what']}: TFLOP/s, median of {result['reps']} single calls, L2 flushed\n\n"
-        f"    {result['command']}\n\n{facts}\n\n```\n{table}\n```\n\n{reasons}\n"
-    )
-    paths = [json_path, text_path]
+    head = f"{title}\n\n" if title else ""
+    text_path.write_text(f"{head}    {result['command']}\n\n{facts}\n\n{body}\n")
+    return [json_path, text_path]
+
+
+def add_cells(
+    path: Path, result: dict[str, Any], cells: list[dict[str, Any]], key: Callable[[Any], Any]
+) -> None:
+    """Write ``result`` with ``cells``, and before them those of the file that they do not renew."""
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        fresh = {key(cell) for cell in cells}
+        kept = [cell for cell in json.loads(path.read_text())["cells"] if key(cell) not in fresh]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result | {"cells": kept + cells}, indent=1) + "\n")
+
+
+def write(result: dict[str, Any], out: str) -> list[Path]:
+    """``out``.json, ``out``.md and, if matplotlib is there, ``out``.png."""
+    paths = write_page(
+        result, out, f"```\n{text_table(result)}\n```\n\n{skipped(result)}",
+        f"{result['what']}: TFLOP/s, median of {result['reps']} single calls, L2 flushed",
+    )  # fmt: skip
     from fa3_train.bench import plot
 
-    picture = plot.draw(result, base.with_suffix(".png"))
+    picture = plot.draw(result, Path(out).with_suffix(".png"))
     return [*paths, picture] if picture else paths

@@ -14,7 +14,6 @@ step. Cells of one engine share a process; several processes (torchrun) measure 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import statistics
@@ -25,7 +24,8 @@ from typing import Any
 
 import torch
 
-from fa3_train.bench.tables import machine
+from fa3_train.bench.tables import add_cells, machine
+from fa3_train.bench.timing import release_memory
 from fa3_train.train.compose import load
 from fa3_train.train.config_rules import check_combination
 from fa3_train.train.engines import World, start_world, stop_world
@@ -101,10 +101,7 @@ def main(args: argparse.Namespace) -> int:
             print(_line(cells[-1]), flush=True)
             if args.out:  # now: a cell that hangs must not take the others with it
                 _write(args, cells)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        release_memory()
     stop_world()
     return int(any("error" in cell for cell in cells))
 
@@ -178,11 +175,5 @@ def _line(cell: dict[str, Any]) -> str:
 
 
 def _write(args: argparse.Namespace, cells: list[dict[str, Any]]) -> None:
-    kept: list[dict[str, Any]] = []
-    if args.out.exists():
-        fresh = {tuple(cell["words"]) for cell in cells}
-        kept = json.loads(args.out.read_text())["cells"]
-        kept = [cell for cell in kept if tuple(cell["words"]) not in fresh]
     result = {"machine": machine(), "command": args.command, "skip": args.skip}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result | {"cells": kept + cells}, indent=1) + "\n")
+    add_cells(args.out, result, cells, lambda cell: tuple(cell["words"]))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from test_resume import rank_pids, steps_of, wait_for_step
-from tiny_runs import environment, launch, losses, torchrun, words
+from tiny_runs import launch, losses, spawn, torchrun, words
 
 HERE = Path(__file__).resolve().parent
 
@@ -25,14 +24,7 @@ pytestmark = [
 def test_killed(tmp_path):
     engine = ["engine=fsdp2", "run.eval_batches=0", "checkpoint.every=5"]
     arguments = words(tmp_path, *engine, "run.steps=100000", "engine.dead_s=3")
-    command = torchrun(2, "-m", "fa3_train", *arguments)
-    process = subprocess.Popen(
-        [str(Path(sys.executable).parent / command[0]), *command[1:]],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = spawn(torchrun(2, "-m", "fa3_train", *arguments))
     try:
         wait_for_step(tmp_path, 6, process)
         pids = rank_pids(process.pid)

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_runs import environment, launch, loss_tensor, losses, torchrun, words
+from tiny_runs import launch, loss_tensor, losses, spawn, torchrun, words
 
 from fa3_train.numerics import AGREEMENT, assert_as_good, relative_rms_error
 from fa3_train.train import checkpoint_files as files
@@ -158,14 +158,7 @@ def rank_pids(launcher: int) -> list[int]:
 def test_signal_to_one_rank_stops_all(tmp_path):
     """Only rank 1 gets SIGUSR1; both save after the same step and exit with 0."""
     arguments = words(tmp_path, "engine=fsdp2", "run.steps=100000", "checkpoint.every=0")
-    command = torchrun(2, "-m", "fa3_train", *arguments)
-    process = subprocess.Popen(
-        [str(Path(sys.executable).parent / command[0]), *command[1:]],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = spawn(torchrun(2, "-m", "fa3_train", *arguments))
     try:
         wait_for_step(tmp_path, 3, process)
         pids = rank_pids(process.pid)
